@@ -1,0 +1,197 @@
+"""Adapters in PEFT's file format: written atomically, read strictly, checked against the base they were trained on.
+
+Format: https://github.com/huggingface/peft/blob/main/docs/source/developer_guides/checkpoint.md
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from minilora import files
+from minilora.errors import AdapterError, DivergedError
+from minilora.lora import inject, lora_layers
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+MAX_CONFIG_BYTES = 4 * 2**20
+# What PEFT's LoraConfig can say and this library cannot represent: any value but these is refused by name.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "task_type": ("CAUSAL_LM", None),
+    "fan_in_fan_out": (False,),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": (None,),
+    "layer_replication": (None,),
+    "lora_bias": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "exclude_modules": (None, []),
+    "alora_invocation_tokens": (None,),
+    "use_bdlora": (None,),
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json says, as far as it matters here."""
+
+    base_model: str
+    rank: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...]
+    rslora: bool
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names: ...q_proj.lora_A.weight (r, in), ...q_proj.lora_B.weight (out, r)."""
+    named = {}
+    for name, layer in lora_layers(model).items():
+        named[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
+        named[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+    return named
+
+
+def save(folder: Path, model: nn.Module, config: AdapterConfig, metadata: Mapping[str, str]) -> None:
+    """Write adapter_config.json, then adapter_model.safetensors, each replaced at once.
+
+    metadata (base fingerprint, system prompt, ...) goes into the safetensors header, where PEFT does not mind it.
+    Raises DivergedError when a tensor is not finite: such an adapter is never written.
+    """
+    named = tensors(model)
+    if broken := [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]:
+        raise DivergedError(
+            f"the adapter is not finite ({broken[0]} and {len(broken) - 1} more): not written to {folder}"
+        )
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_rslora": config.rslora,
+        "use_dora": False,
+    }
+    with files.storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    files.replace_file(folder / CONFIG, files.json_chunks(settings))
+    files.replace_file(folder / WEIGHTS, files.safetensors_chunks(named, {"format": "pt", **metadata}))
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """adapter_config.json, checked. Raises AdapterError naming the file and every key that does not fit."""
+    path = folder / CONFIG
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise AdapterError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, this is no adapter_config.json.")
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise AdapterError(f"{folder} is no adapter: {CONFIG}: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path}: not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise AdapterError(f"{path}: a JSON object is needed.")
+    wrong = [
+        f"{key} = {raw[key]!r} is not supported here (only {allowed[0]!r})"
+        for key, allowed in NEUTRAL.items()
+        if key in raw and raw[key] not in allowed
+    ]
+    targets = raw.get("target_modules")
+    checks = {
+        "r": _is_int(raw.get("r")) and 1 <= raw["r"] <= 2**16,
+        "lora_alpha": isinstance(raw.get("lora_alpha"), (int, float)) and _is_int(raw["lora_alpha"]),
+        "lora_dropout": isinstance(raw.get("lora_dropout", 0.0), (int, float))
+        and 0 <= raw.get("lora_dropout", 0.0) < 1,
+        "target_modules": isinstance(targets, list) and bool(targets) and all(isinstance(t, str) for t in targets),
+        "use_rslora": isinstance(raw.get("use_rslora", False), bool),
+        "base_model_name_or_path": isinstance(raw.get("base_model_name_or_path", ""), (str, type(None))),
+    }
+    wrong += [f"{key} = {raw.get(key)!r} is not usable" for key, good in checks.items() if not good]
+    if wrong:
+        raise AdapterError(f"{path}: " + "; ".join(wrong) + ".")
+    return AdapterConfig(
+        base_model=raw.get("base_model_name_or_path") or "",
+        rank=raw["r"],
+        alpha=raw["lora_alpha"],
+        dropout=float(raw.get("lora_dropout", 0.0)),
+        target_modules=tuple(sorted(set(targets or ()))),
+        rslora=raw.get("use_rslora", False),
+    )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def read_metadata(folder: Path) -> dict[str, str]:
+    """The header of adapter_model.safetensors: base_fingerprint, system_prompt, ... where minilora wrote it."""
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{folder / WEIGHTS}: {error}") from error
+
+
+def load(model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base: bool = False) -> AdapterConfig:
+    """Put LoRALinear layers into the base `model` and fill them from `folder`, strictly.
+
+    Raises AdapterError with every missing, extra or misshapen tensor at once, or when the adapter was trained on
+    another base (unless allow_other_base); the model is unchanged then.
+    """
+    config = read_config(folder)
+    trained_on = read_metadata(folder).get("base_fingerprint", base_fingerprint)
+    if trained_on != base_fingerprint and not allow_other_base:
+        raise AdapterError(
+            f"{folder} was trained on another base: its fingerprint is {trained_on[:12]}, this model's is "
+            f"{base_fingerprint[:12]} (trained on {config.base_model!r}). Give that base as --model, or "
+            "--allow_other_base to load it all the same."
+        )
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in config.target_modules}
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, linear in chosen.items():
+        expected[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, linear.in_features)
+        expected[f"{PREFIX}{name}.lora_B.weight"] = (linear.out_features, config.rank)
+    loaded = _read_tensors(folder / WEIGHTS, expected)
+    inject(model, config.target_modules, config.rank, config.alpha, config.dropout, config.rslora)
+    with torch.no_grad():
+        for name, tensor in tensors(model).items():
+            tensor.copy_(loaded[name])
+    return config
+
+
+def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            wrong = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
+            wrong += [f"not of this model: {name} {found[name]}" for name in found if name not in expected]
+            wrong += [
+                f"shape of {name}: {found[name]}, this model needs {shape}"
+                for name, shape in expected.items()
+                if found.get(name, shape) != shape
+            ]
+            if wrong:
+                more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
+                raise AdapterError(f"{path} does not fit this model:\n  " + "\n  ".join(wrong[:20] + more))
+            return {name: file.get_tensor(name) for name in found}
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path}: {error}") from error

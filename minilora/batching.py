@@ -1,0 +1,109 @@
+"""The examples of one optimizer step, cut into padding-free micro-batches; the collator.
+
+How a step is cut cannot change its gradient (DESIGN: the loss is the sum over all its tokens divided by their number),
+so the cut is free: it serves speed and memory only.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minilora.data import IGNORE, Example
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples laid end to end, without padding; attention never crosses them and positions restart.
+
+    T = input tokens of all examples (each example's last token is only a target), S = supervised positions
+    input_ids, position_ids: (1, T)
+    lengths: input tokens of each example, in order; their sum is T
+    rows: (S,) positions in 0..T-1 whose next token is supervised
+    targets: (S,) the tokens to be predicted there
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    lengths: tuple[int, ...]
+    rows: torch.Tensor
+    targets: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device, copied without waiting where memory is pinned."""
+        tensors = (self.input_ids, self.position_ids, self.rows, self.targets)
+        ids, positions, rows, targets = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(ids, positions, self.lengths, rows, targets)
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Examples as one Batch: the shift to next-token targets happens here, and only here."""
+    ids = np.concatenate([example.input_ids[:-1] for example in examples])
+    labels = np.concatenate([example.labels[1:] for example in examples])
+    lengths = tuple(len(example.input_ids) - 1 for example in examples)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    rows = np.flatnonzero(labels != IGNORE)
+    arrays = (ids[None], positions[None], rows, labels[rows])
+    input_ids, position_ids, kept, targets = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
+    return Batch(input_ids, position_ids, lengths, kept, targets)
+
+
+def cut(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
+    """Cut the examples of a step into micro-batches of at most max_tokens tokens each; returns their indices.
+
+    Longest first into the fullest micro-batch that still has room (best-fit decreasing); an example longer than the
+    budget is alone. A pure function of its arguments, so that a resumed run cuts as the first did.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i))
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in order:
+        length = int(lengths[i])
+        fitting = [b for b in range(len(bins)) if room[b] >= length]
+        if fitting:
+            best = min(fitting, key=lambda b: room[b])
+            bins[best].append(i)
+            room[best] -= length
+        else:
+            bins.append([i])
+            room.append(max_tokens - length)
+    return bins
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the examples in an epoch: a pure function of (seed, epoch). (num_examples,)"""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_examples)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which examples each optimizer step takes, computed from its number alone."""
+
+    num_examples: int
+    examples_per_step: int
+    num_steps: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch; the last one of an epoch may be smaller."""
+        return math.ceil(self.num_examples / self.examples_per_step)
+
+    def examples_of(self, step: int) -> np.ndarray:
+        """Indices of the examples of a step (counted from 0)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = epoch_order(self.num_examples, self.seed, epoch)
+        return order[place * self.examples_per_step : (place + 1) * self.examples_per_step]
+
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch, or the run, is complete after this step (counted from 0)."""
+        return (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.num_steps
+
+
+def make_schedule(num_examples: int, examples_per_step: int, num_epochs: float, max_steps: int, seed: int) -> Schedule:
+    """The schedule of a run; max_steps > 0 goes before num_epochs."""
+    steps_per_epoch = math.ceil(num_examples / examples_per_step)
+    num_steps = max_steps or max(1, math.ceil(num_epochs * steps_per_epoch))
+    return Schedule(num_examples, examples_per_step, num_steps, seed)

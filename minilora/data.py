@@ -1,0 +1,436 @@
+"""JSONL rows become examples: token ids with a mask that is known by construction, because we write the markup."""
+
+import hashlib
+import itertools
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from minilora.errors import DataError
+
+IGNORE = -100  # PyTorch's ignore_index: positions with this label have no loss
+MAX_LINE_BYTES = 16 * 2**20
+MAX_PROBLEMS_SHOWN = 50
+ROLES = ("system", "user", "assistant")
+FORMATS: dict[str, tuple[str, ...]] = {  # a file's rows all have the fields of one of these
+    "messages": ("messages",),
+    "prompt/completion": ("prompt", "completion"),
+    "instruction/output": ("instruction", "output"),
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation: who speaks and what is said."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a file as a conversation, with the 1-based number of the line it came from."""
+
+    line: int
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example.
+
+    input_ids: (T,) int32, the whole conversation up to its last supervised token
+    labels: (T,) int32, the token itself where it is supervised, else IGNORE (not shifted)
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+@dataclass
+class DataReport:
+    """What happened to the lines of a file on their way to examples."""
+
+    file: str
+    sha256: str = ""
+    format: str = ""
+    rows: int = 0
+    kept: int = 0
+    bad: list[str] = field(default_factory=list)  # "file:line: reason"
+    truncated: int = 0
+    dropped_overlong: int = 0
+    dropped_unsupervised: int = 0  # nothing left to learn after truncation
+    lengths: dict[str, int] = field(default_factory=dict)  # p50, p95, max, in tokens
+    tokens: int = 0
+    supervised_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Dataset(Sequence[Example]):
+    """Examples end to end in flat arrays, so that a million rows are four arrays and not a million objects.
+
+    input_ids: (total,) int32; supervised: (total,) bool; offsets: (examples + 1,) int64; lines: (examples,) int64
+    """
+
+    input_ids: np.ndarray
+    supervised: np.ndarray
+    offsets: np.ndarray
+    lines: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        ids = self.input_ids[start:end]
+        return Example(ids, np.where(self.supervised[start:end], ids, IGNORE).astype(np.int32))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example. (examples,)"""
+        return np.diff(self.offsets)
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "Dataset":
+        """The examples at these indices, in this order."""
+        pieces = [(int(self.offsets[i]), int(self.offsets[i + 1])) for i in indices]
+        ids = [self.input_ids[a:b] for a, b in pieces]
+        supervised = [self.supervised[a:b] for a, b in pieces]
+        return _flat(ids, supervised, [int(self.lines[i]) for i in indices])
+
+
+def _flat(ids: list[np.ndarray], supervised: list[np.ndarray], lines: list[int]) -> Dataset:
+    offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in ids])]).astype(np.int64)
+    empty = [np.zeros(0, np.int32)]
+    return Dataset(
+        np.concatenate(ids or empty).astype(np.int32),
+        np.concatenate(supervised or empty).astype(bool),
+        offsets,
+        np.asarray(lines, np.int64),
+    )
+
+
+# ---------------------------------------------------------------------------------------- bytes -> rows
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """The non-empty lines of a file with their 1-based numbers, split on \\n only.
+
+    JSON strings may hold U+2028, U+0085 and other characters that text-mode reading would split on.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # a FIFO would block for ever, a directory says something unhelpful
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise DataError(f"{path} is {kind}; a JSONL file is needed, one JSON object a line.")
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def file_sha256(path: str | Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """One line of JSON as an object. Raises ValueError with the reason, for anything that is not exactly that."""
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"the line has {len(line):,} bytes; at most {MAX_LINE_BYTES:,} are read")
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})") from error
+    try:
+        row = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not one JSON value: {error.msg} (column {error.colno})") from error
+    except RecursionError:
+        raise ValueError("not readable JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is needed, this is {_json_type(row)}")
+    return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def detect_format(row: dict[str, Any]) -> str:
+    """The format whose fields this row has. Raises ValueError when it has those of none."""
+    for name, needed in FORMATS.items():
+        if all(key in row for key in needed):
+            return name
+    possible = "; ".join(" + ".join(needed) for needed in FORMATS.values())
+    raise ValueError(f"the fields are {', '.join(map(repr, row)) or 'none'}; needed are {possible}")
+
+
+def to_turns(row: dict[str, Any], format: str) -> tuple[Turn, ...]:
+    """A row's conversation. Raises ValueError with the reason when it is not one."""
+    system = _text(row, "system", optional=True)
+    if format == "messages":
+        turns = list(_messages(row["messages"]) if "messages" in row else _missing("messages"))
+        if system and turns[0].role == "system":
+            raise ValueError("both a 'system' field and a system message: give one")
+    elif format == "prompt/completion":
+        turns = [Turn("user", _text(row, "prompt")), Turn("assistant", _text(row, "completion"))]
+    else:
+        asked, extra = _text(row, "instruction"), _text(row, "input", optional=True)
+        turns = [Turn("user", f"{asked}\n{extra}" if extra else asked), Turn("assistant", _text(row, "output"))]
+    return (Turn("system", system), *turns) if system else tuple(turns)
+
+
+def _text(row: dict[str, Any], key: str, optional: bool = False) -> str:
+    value = row.get(key)
+    if optional and (value is None or value == ""):
+        return ""
+    if key not in row:
+        _missing(key)
+    if not isinstance(value, str):
+        raise ValueError(f"{key!r} must be a text, this is {_json_type(value)}")
+    if not value.strip():
+        raise ValueError(f"{key!r} is empty")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{key!r} holds half of a surrogate pair, which is no character") from None
+    return value
+
+
+def _missing(key: str) -> Any:
+    raise ValueError(f"the field {key!r} is missing")
+
+
+def _messages(messages: Any) -> Iterator[Turn]:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"'messages' must be a list of turns, this is {_json_type(messages) if messages else 'empty'}")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {number} must be an object, this is {_json_type(message)}")
+        role = message.get("role")
+        if role not in ROLES:
+            raise ValueError(f"message {number} has the role {role!r}; possible are {', '.join(ROLES)}")
+        if role == "system" and number > 1:
+            raise ValueError(f"message {number} is a system turn; only the first may be one")
+        try:
+            yield Turn(role, _text(message, "content"))
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from None
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no assistant turn: there is nothing to learn")
+
+
+def read_rows(path: str | Path, on_bad_rows: str = "error") -> tuple[list[Row], DataReport]:
+    """All rows of a JSONL file. Its format is that of its first readable row.
+
+    Raises DataError that lists every bad line with its number and reason (or, with on_bad_rows = skip, only when no
+    good row is left).
+    """
+    report, rows = DataReport(str(path)), []
+    for number, line in read_lines(path):
+        report.rows += 1
+        try:
+            row = parse_line(line)
+            report.format = report.format or detect_format(row)
+            rows.append(Row(number, to_turns(row, report.format)))
+        except ValueError as error:
+            report.bad.append(f"{path}:{number}: {error}")
+    if report.bad and on_bad_rows == "error":
+        shown = report.bad[:MAX_PROBLEMS_SHOWN]
+        more = [f"... and {len(report.bad) - len(shown):,} more"] if len(report.bad) > len(shown) else []
+        hint = f"{len(report.bad):,} of {report.rows:,} rows are bad. Mend them, or leave them out: --on_bad_rows skip"
+        raise DataError("\n".join([*shown, *more, hint]))
+    if not rows:
+        why = f"all {report.rows:,} rows are bad, the first: {report.bad[0]}" if report.bad else "it holds no rows"
+        raise DataError(f"{path}: nothing to read: {why}.")
+    report.sha256 = file_sha256(path)
+    return rows, report
+
+
+# ---------------------------------------------------------------------------------------- rows -> tokens
+
+
+class HasTokenizer(Protocol):
+    """What is asked of a Hugging Face tokenizer here."""
+
+    chat_template: Any
+    backend_tokenizer: Any
+
+
+class ChatMarkup:
+    """Writes conversations as ChatML token ids (the markup of Qwen2, Qwen2.5 and Qwen3), turn by turn.
+
+    Control tokens are placed by id; all text is encoded by a copy of the tokenizer that knows no control tokens, so
+    nothing a user writes can become one. Source of the format: the chat_template of the Qwen tokenizers, which the
+    tests compare with.
+    """
+
+    def __init__(self, tokenizer: HasTokenizer) -> None:
+        plain = json.loads(tokenizer.backend_tokenizer.to_str())
+        plain["added_tokens"], plain["truncation"], plain["padding"] = [], None, None
+        self._plain = Tokenizer.from_str(json.dumps(plain, ensure_ascii=False))
+        known = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
+        if missing := [token for token in ("<|im_start|>", "<|im_end|>") if token not in known]:
+            raise DataError(f"the tokenizer has no {' or '.join(missing)}: it is not a ChatML (Qwen) tokenizer.")
+        self.start, self.end = known["<|im_start|>"], known["<|im_end|>"]
+        self.newline = self.encode(["\n"])[0]
+        self.openings = {role: [self.start, *self.encode([f"{role}\n"])[0]] for role in ROLES}
+        # Qwen3 opens the last answer with a think block, empty where the row brings no reasoning.
+        self.thinks = "<think>" in known and "reasoning_content" in str(tokenizer.chat_template)
+        self.think = [known.get("<think>", -1), known.get("</think>", -1)]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, in parallel, with no control tokens whatever the text holds."""
+        return [each.ids for each in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def prompt_ids(self, turns: Sequence[Turn], system_prompt: str = "") -> list[int]:
+        """A conversation up to the point where the assistant answers. Its last turn is the user's."""
+        pieces = self._pieces(turns, system_prompt)
+        return [i for ids in self._ids(pieces) for i in ids] + self.openings["assistant"]
+
+    def render(self, rows: Sequence[Sequence[Turn]], system_prompt: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(ids, supervised) of each conversation: int32 and bool arrays of one length."""
+        pieces_of = [self._pieces(turns, system_prompt) for turns in rows]
+        ids = iter(self._ids([piece for pieces in pieces_of for piece in pieces]))
+        rendered = []
+        for pieces in pieces_of:
+            parts = [next(ids) for _ in pieces]
+            supervised = np.repeat([piece.supervised for piece in pieces], [len(part) for part in parts])
+            rendered.append((np.fromiter(itertools.chain(*parts), np.int32), supervised))
+        return rendered
+
+    def _ids(self, pieces: Sequence["Piece"]) -> list[Sequence[int]]:
+        encoded = iter(self.encode([piece.text for piece in pieces if piece.text is not None]))
+        return [piece.ids if piece.text is None else next(encoded) for piece in pieces]
+
+    def _pieces(self, turns: Sequence[Turn], system_prompt: str) -> list["Piece"]:
+        """A conversation as pieces of markup (ids) and text, each supervised or not.
+
+        A prompt turn's role and text are encoded together, as the chat template does; an answer's text starts anew
+        after "assistant\\n", as it does when the model writes it.
+        """
+        if system_prompt and turns[0].role != "system":
+            turns = [Turn("system", system_prompt), *turns]
+        last_asked = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
+        pieces = []
+        for i, turn in enumerate(turns):
+            if turn.role == "assistant":
+                pieces += [Piece(self.openings["assistant"])]
+                pieces += self._answer(turn.content, after_last_user=i > last_asked, last=i == len(turns) - 1)
+                pieces += [Piece([self.end], supervised=True), Piece(self.newline)]
+            else:
+                pieces += [Piece([self.start]), Piece(text=f"{turn.role}\n{turn.content}")]
+                pieces += [Piece([self.end, *self.newline])]
+        return pieces
+
+    def _answer(self, content: str, after_last_user: bool, last: bool) -> list["Piece"]:
+        """What the assistant says; for Qwen3 with the reasoning dropped or set off as its template does."""
+        if not self.thinks:
+            return [Piece(text=content, supervised=True)]
+        reasoning, closed, answer = content.rpartition("</think>")
+        reasoning = reasoning.rpartition("<think>")[2].strip("\n")
+        answer = answer.lstrip("\n") if closed else content
+        if not after_last_user or not (last or reasoning):
+            return [Piece(text=answer, supervised=True)]
+        begin, end = ([i] for i in self.think)
+        texts = [Piece(text=text, supervised=True) for text in (f"\n{reasoning}\n", f"\n\n{answer}")]
+        return [Piece(begin, supervised=True), texts[0], Piece(end, supervised=True), texts[1]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a rendered turn: control tokens and fixed markup by id, or text still to be encoded."""
+
+    ids: Sequence[int] = ()
+    text: str | None = None
+    supervised: bool = False
+
+
+def tokenize(
+    rows: Sequence[Row],
+    markup: ChatMarkup,
+    report: DataReport,
+    *,
+    system_prompt: str,
+    max_length: int,
+    overlong: str,
+    train_on_prompt: bool,
+) -> Dataset:
+    """Rows as examples of at most max_length tokens; `report` counts what was cut and dropped.
+
+    A truncated answer never gets an end token. Tokens after the last supervised one cannot reach the loss and are not
+    kept. Raises DataError for overlong = error with every line that is too long, and when no example is left.
+    """
+    ids_kept, supervised_kept, lines = [], [], []
+    overlong_lines = []
+    for row, (ids, supervised) in zip(rows, _render_in_chunks(rows, markup, system_prompt), strict=True):
+        if train_on_prompt:
+            supervised = np.ones_like(supervised)
+        wanted = np.flatnonzero(supervised)
+        ids, supervised = ids[: wanted[-1] + 1], supervised[: wanted[-1] + 1]
+        if len(ids) > max_length:
+            overlong_lines.append(f"{report.file}:{row.line}: {len(ids):,} tokens, more than max_length {max_length:,}")
+            if overlong == "drop":
+                report.dropped_overlong += 1
+                continue
+            report.truncated += 1
+            ids, supervised = ids[:max_length], supervised[:max_length]
+        if not supervised[1:].any():  # the first token has nothing to be predicted from
+            report.dropped_unsupervised += 1
+            continue
+        ids_kept.append(ids)
+        supervised_kept.append(supervised)
+        lines.append(row.line)
+    if overlong_lines and overlong == "error":
+        hint = "Raise --max_length, or choose --overlong truncate | drop"
+        raise DataError("\n".join([*overlong_lines[:MAX_PROBLEMS_SHOWN], f"{len(overlong_lines):,} rows. {hint}"]))
+    if not lines:
+        raise DataError(f"{report.file}: no example is left with max_length {max_length:,}; raise it.")
+    dataset = _flat(ids_kept, supervised_kept, lines)
+    report.kept, report.tokens = len(dataset), int(dataset.offsets[-1])
+    report.supervised_tokens = int(dataset.supervised.sum())
+    p50, p95, top = np.percentile(dataset.lengths, [50, 95, 100], method="higher")
+    report.lengths = {"p50": int(p50), "p95": int(p95), "max": int(top)}
+    return dataset
+
+
+def _render_in_chunks(
+    rows: Sequence[Row], markup: ChatMarkup, system_prompt: str, size: int = 2048
+) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    for start in range(0, len(rows), size):
+        yield from markup.render([row.turns for row in rows[start : start + size]], system_prompt)
+
+
+def split(dataset: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset | None]:
+    """(training part, evaluation part): val_size of the examples, at least one, drawn by the seed."""
+    if not val_size:
+        return dataset, None
+    held_out = max(1, round(len(dataset) * val_size))
+    if held_out >= len(dataset):
+        raise DataError(f"val_size {val_size} leaves no example to train on: there are only {len(dataset)}.")
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return dataset.subset(np.sort(order[held_out:])), dataset.subset(np.sort(order[:held_out]))

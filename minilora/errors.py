@@ -1,0 +1,51 @@
+"""The ways a run can end early, each with its exit code; `cli.py` turns them into one clear message."""
+
+
+class MiniloraError(Exception):
+    """A problem the user can act on: its text says what was given, what was possible and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(MiniloraError, ValueError):
+    """A key, value or combination of settings that cannot be obeyed."""
+
+
+class DataError(MiniloraError, ValueError):
+    """A training or evaluation file that cannot be read as examples."""
+
+
+class ModelError(MiniloraError, ValueError):
+    """A base model or tokenizer that cannot be had, or that this library cannot train exactly."""
+
+
+class AdapterError(MiniloraError, ValueError):
+    """An adapter that does not fit the base it is put on, or whose files are not what they claim."""
+
+
+class CheckpointError(MiniloraError, ValueError):
+    """A checkpoint that is damaged, or that belongs to another run."""
+
+
+class StorageError(MiniloraError, OSError):
+    """A folder or disk that does not take what has to be written."""
+
+
+class DivergedError(MiniloraError, ArithmeticError):
+    """Loss or gradient stayed non-finite for several steps in a row."""
+
+    exit_code = 3
+
+
+class OutOfMemoryError(MiniloraError, MemoryError):
+    """Not even one example fits the device's memory."""
+
+    exit_code = 4
+
+
+class StoppedError(MiniloraError, InterruptedError):
+    """A signal asked the run to stop; what was learned so far is saved."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

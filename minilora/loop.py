@@ -1,0 +1,149 @@
+"""The training loop: `train` is the story, `train_step` one optimizer step, `gradients` what happens inside it."""
+
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minilora.batching import collate, cut
+from minilora.config import TrainConfig
+from minilora.data import IGNORE, Dataset, Example
+from minilora.errors import StoppedError
+from minilora.loss import token_loss
+from minilora.memory import free_cached, is_out_of_memory, peak_memory_bytes
+from minilora.model import head_weight, hidden_states, packed
+from minilora.optim import learning_rate
+from minilora.run import Run, Summary, finish, prepare, record_evaluation, save_checkpoint, shrink_budget, skip
+from minilora.stopping import StopRequest
+
+
+def train(config: TrainConfig) -> Summary:
+    """A whole run, from the JSONL file to the verified adapter."""
+    with StopRequest() as stop:
+        run = prepare(config, stop)
+        state, schedule = run.state, run.schedule
+        try:
+            while True:
+                evaluate_and_save(run)
+                if state.step == schedule.num_steps:
+                    return finish(run, "completed")
+                if config.early_stopping_patience and state.evals_since_best >= config.early_stopping_patience:
+                    return finish(run, "early stopping")
+                run.log.step(train_step(run))
+        except StoppedError as error:  # the step under way is lost, all before it is saved
+            path = save_checkpoint(run)
+            error.args = (f"{error}; saved {path}. Go on with: python train.py --resume {run.folder}",)
+            raise
+        finally:
+            run.log.close()
+
+
+def evaluate_and_save(run: Run) -> None:
+    """What is due between two steps: an evaluation (and best/ when it is the best), a checkpoint."""
+    config, state = run.config, run.state
+    done = state.step > 0 and run.schedule.ends_epoch(state.step - 1)
+    if run.eval_set is not None and state.evaluated_step != state.step:
+        if state.step == 0 or (state.step % config.eval_steps == 0 if config.eval_steps else done):
+            record_evaluation(run, evaluate(run, run.eval_set))
+    last = state.step == run.schedule.num_steps
+    if state.step and (last or (state.step % config.save_steps == 0 if config.save_steps else done)):
+        save_checkpoint(run)
+
+
+def train_step(run: Run) -> dict[str, Any]:
+    """One optimizer step over the examples of run.state.step: gradient of the mean loss, clip, AdamW.
+
+    Returns the record for metrics.jsonl. Raises DivergedError after three steps in a row without a finite gradient.
+    """
+    config, state, started = run.config, run.state, time.perf_counter()
+    indices = run.schedule.examples_of(state.step)
+    examples = [run.train_set[i] for i in indices]
+    supervised = sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
+    tokens = sum(len(example.input_ids) for example in examples)
+    rate = learning_rate(
+        state.step, run.schedule.num_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_ratio
+    )
+
+    mean_loss = gradients(run, examples, supervised)
+    params = [param for param in run.model.parameters() if param.grad is not None]
+    norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf)
+    loss, grad_norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()  # the step's one wait for the device
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
+        state.skipped_in_a_row = 0
+    else:
+        skip(run, indices, loss, grad_norm)
+    run.optimizer.zero_grad(set_to_none=True)
+
+    seconds = time.perf_counter() - started
+    state.step += 1
+    state.tokens += tokens
+    state.supervised_tokens += supervised
+    state.seconds += seconds
+    state.last_loss = loss if math.isfinite(loss) else state.last_loss
+    state.first_loss = state.last_loss if state.first_loss is None else state.first_loss
+    return {
+        "step": state.step,
+        "epoch": state.step / run.schedule.steps_per_epoch,
+        "loss": loss if math.isfinite(loss) else None,
+        "learning_rate": rate,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "time": time.time(),
+    }
+
+
+def gradients(run: Run, examples: list[Example], supervised: int) -> Tensor:
+    """Add up the gradient of (sum of nats) / supervised, micro-batch by micro-batch; returns that loss, a scalar.
+
+    However the step is cut, the gradient is the same: each micro-batch adds its sum over the one N of the whole step.
+    When memory runs out the step begins again with a smaller token budget.
+    """
+    while True:
+        loss = torch.zeros((), device=run.device)
+        torch.manual_seed(step_seed(run.config.seed, run.state.step))  # dropout is a function of (seed, step)
+        try:
+            with packed(run.model.train()):
+                for part in cut([len(example.input_ids) - 1 for example in examples], run.state.max_tokens):
+                    batch = collate([examples[i] for i in part]).to(run.device)
+                    with run.autocast():
+                        hidden = hidden_states(run.model, batch)  # (S, hidden)
+                        nats = token_loss(hidden, head_weight(run.model), batch.targets)
+                    (nats / supervised).backward()
+                    loss += nats.detach() / supervised
+                    run.stop.check()
+            return loss
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        run.optimizer.zero_grad(set_to_none=True)
+        free_cached(run.device)
+        shrink_budget(run, examples)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of a step's random draws."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@torch.no_grad()
+def evaluate(run: Run, dataset: Dataset) -> float:
+    """Mean loss over the supervised tokens of a data set, in nats."""
+    total = torch.zeros((), device=run.device, dtype=torch.float64)
+    supervised = 0
+    with packed(run.model.eval()):
+        for part in cut(dataset.lengths - 1, run.state.max_tokens):
+            batch = collate([dataset[i] for i in part]).to(run.device)
+            with run.autocast():
+                total += token_loss(hidden_states(run.model, batch), head_weight(run.model), batch.targets)
+            supervised += len(batch.targets)
+            run.stop.check()
+    return total.item() / supervised

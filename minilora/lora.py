@@ -1,0 +1,168 @@
+"""LoRA (arXiv:2106.09685): a frozen linear layer plus a product of two small matrices, W = W0 + (alpha/r) B A."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilora.errors import ConfigError
+
+
+class LoRALinear(nn.Module):
+    """A frozen `nn.Linear` and its low-rank update: y = x W0^T + b + scale * dropout(x) A^T B^T.
+
+    lora_A: (rank, in), Kaiming-uniform; lora_B: (out, rank), zero, so that training starts at W0 exactly
+    (paper, section 4.1); both fp32 whatever the base is. scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+    """
+
+    def __init__(
+        self, base_layer: nn.Linear, rank: int, alpha: int, dropout: float = 0.0, rslora: bool = False
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        device = base_layer.weight.device
+        dtype = torch.promote_types(base_layer.weight.dtype, torch.float32)
+        A = torch.empty(rank, base_layer.in_features, dtype=dtype)  # drawn on the CPU: the same on every device
+        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(device))
+        self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, rank, dtype=dtype, device=device))
+        self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.dropout = dropout
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) -> (..., out)"""
+        if not self.enabled:
+            return self.base_layer(x)
+        dropout = self.dropout if self.training else 0.0
+        return lora_linear(
+            x, self.base_layer.weight, self.base_layer.bias, self.lora_A, self.lora_B, self.scale, dropout
+        )
+
+    def delta(self) -> Tensor:
+        """The update of the weight, scale * B A. (out, in)"""
+        return self.scale * (self.lora_B @ self.lora_A)
+
+    def extra_repr(self) -> str:
+        """What print(model) shows of this layer."""
+        return f"rank={len(self.lora_A)}, scale={self.scale:g}, dropout={self.dropout}"
+
+
+def plain_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """The formula itself, the oracle of `lora_linear`."""
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(F.dropout(x, dropout), lora_A), lora_B)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """`plain_lora_linear` with a hand-written backward: saves x, the mask and a rank-wide product, copies nothing to fp32.
+
+    x: (..., in), weight: (out, in), bias: (out,), lora_A: (rank, in), lora_B: (out, rank) -> (..., out)
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scale, dropout)
+
+
+class _LoRALinear(torch.autograd.Function):
+    """With z = scale * dropout(x) A^T: y = x W^T + b + z B^T. Then dB = dy^T z, dz = scale * dy B, dA = dz^T dropout(x),
+    dx = dy W + dropout'(dz A)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        mask = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+        dropped = flat if mask is None else flat * mask
+        ctx.scale = scale / (1 - dropout)  # dropout's own factor is folded into the scale
+        z = (dropped @ A.T).mul_(ctx.scale)  # (tokens, rank)
+        y = F.linear(flat, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
+        y.addmm_(z, B.T)  # into the base product: no second (tokens, out) buffer
+        ctx.save_for_backward(flat, mask, z, weight, lora_A, lora_B)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        flat, mask, z, weight, lora_A, lora_B = ctx.saved_tensors
+        dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])  # (tokens, out)
+        A, B = lora_A.to(flat.dtype), lora_B.to(flat.dtype)
+        d_B = (dy.T @ z).to(lora_B.dtype)  # (out, rank)
+        dz = (dy @ B).mul_(ctx.scale)  # (tokens, rank)
+        dropped = flat if mask is None else flat * mask
+        d_A = (dz.T @ dropped).to(lora_A.dtype)  # (rank, in)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight.to(dy.dtype)  # (tokens, in)
+            if mask is None:
+                dx.addmm_(dz, A)
+            else:
+                dx.addcmul_(dz @ A, mask)
+            dx = dx.view(*grad_outputs[0].shape[:-1], -1)
+        return dx, None, None, d_A, d_B, None, None
+
+
+def inject(
+    model: nn.Module,
+    target_modules: Sequence[str],
+    rank: int,
+    alpha: int,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    seed: int = 0,
+) -> list[str]:
+    """Freeze the model and put a LoRALinear around each linear layer whose last name segment is in target_modules.
+
+    Returns their names. A is drawn from `seed`, whatever was drawn before. Raises ConfigError that lists the model's
+    linear layers when a target matches none.
+    """
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    last = Counter(name.rpartition(".")[2] for name in linears)
+    if unmatched := [target for target in target_modules if target not in last]:
+        raise ConfigError(
+            f"target_modules {unmatched} match nothing; this model's linear layers end in "
+            + ", ".join(f"{name} ({count})" for name, count in last.items())
+        )
+    model.requires_grad_(False)
+    chosen = [name for name in linears if name.rpartition(".")[2] in target_modules]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in chosen:
+            parent, _, child = name.rpartition(".")
+            wrapped = LoRALinear(linears[name], rank, alpha, dropout, rslora)
+            setattr(model.get_submodule(parent), child, wrapped)
+    return chosen
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The model's LoRALinear layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model answers as its base does."""
+    layers = lora_layers(model).values()
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled

@@ -1,0 +1,231 @@
+"""The base model and its tokenizer: from a folder or the hub, in the right dtype, with an identity of its own."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora import attention
+from minilora.batching import Batch
+from minilora.errors import ConfigError, ModelError
+
+HUB_TIMEOUT_S = 3.0
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]  # never *.bin, never *.py
+SAMPLES_PER_TENSOR = 64
+
+
+def pick_device(name: str) -> torch.device:
+    """auto | cpu | cuda | cuda:N as a device that is there. Raises ConfigError when it is not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError(f"device {name}: this machine shows {found} CUDA device(s). Use --device auto or cpu.")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The base's dtype; auto is bfloat16 where the hardware multiplies in it, else float32, never float16."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16 "))
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model given as a folder or a hub name, downloaded where it must be.
+
+    Raises ModelError that says what was tried; an unreachable hub is noticed within HUB_TIMEOUT_S.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{name} is no model folder: it has no config.json.")
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(f"model {name!r}: there is no such folder, and it is no hub name (OWNER/NAME).")
+    return cached_model(name) or _download(name)
+
+
+def cached_model(name: str) -> Path | None:
+    """The complete copy of a hub model in the local cache, if there is one."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise ModelError(f"model {name!r} is no folder and no hub name: {error}") from error
+    index = folder / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
+    complete = (folder / "config.json").exists() and all((folder / shard).exists() for shard in shards)
+    return folder if complete else None
+
+
+def hub_answers(name: str) -> str:
+    """An empty text when the hub has this model, else why not, found out within HUB_TIMEOUT_S."""
+    import threading
+
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answer = [f"the hub did not answer within {HUB_TIMEOUT_S:g} s"]
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+            answer[0] = ""
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else "no"
+            answer[0] = f"the hub answered with status {status}: no such model, or no right to it"
+        except Exception as error:  # a proxy, DNS or TLS failure: every client library has its own classes
+            answer[0] = f"the hub cannot be reached ({type(error).__name__})"
+
+    thread = threading.Thread(target=ask, daemon=True)  # a timeout per connection is no bound on the whole
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    return answer[0]
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        why = "HF_HUB_OFFLINE is set"
+    else:
+        why = hub_answers(name)
+    if why:
+        raise ModelError(
+            f"model {name!r} cannot be had: there is no folder of that name, it is not complete in the cache "
+            f"{HF_HUB_CACHE}, and {why}. Give --model FOLDER, or try `python train.py demo`."
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:
+        raise ModelError(f"model {name!r}: the download failed: {error}. Run again to go on with it.") from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, with a pad token that is not the end token.
+
+    A pad equal to the end token would hide the end from every collator that masks padding; Qwen keeps them apart.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.convert_tokens_to_ids("<|im_end|>") is not None:
+        tokenizer.eos_token = "<|im_end|>"
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.pad_token = "<|endoftext|>"
+    return tokenizer
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The base model of a folder, frozen, in dtype on device. Raises ModelError when it is not one we train exactly."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    attention.register()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        _refuse_inexact(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+    model.generation_config.pad_token_id = model.generation_config.pad_token_id or config.pad_token_id
+    model.requires_grad_(False)
+    return nn.Module.to(model, device).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _refuse_inexact(config: Any) -> None:
+    """Packed attention is full causal attention: a model with another kind would be trained on the wrong function."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ModelError(
+            f"model type {config.model_type}: layers of type {', '.join(sorted(kinds))} are not supported."
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        raise ModelError(f"model type {config.model_type}: attention_dropout is set; it is not supported.")
+
+
+@contextmanager
+def packed(model: Any) -> Iterator[None]:
+    """Inside, attention is that of packed examples without a mask; outside it is transformers' own."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention.PACKED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    """Final hidden states at the supervised positions of a packed batch. (S, hidden)"""
+    output = model.get_decoder()(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, lengths=batch.lengths, use_cache=False
+    )
+    return output.last_hidden_state[0].index_select(0, batch.rows)
+
+
+def head_weight(model: Any) -> Tensor:
+    """The output head's weight, which for tied models is the embedding. (vocabulary, hidden)"""
+    return model.get_output_embeddings().weight
+
+
+def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The base's own tensors under their checkpoint names, whatever is wrapped around its layers."""
+    for name, tensor in model.state_dict().items():
+        segments = name.split(".")
+        if not any(segment.startswith("lora_") for segment in segments):
+            yield ".".join(segment for segment in segments if segment != "base_layer"), tensor
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The identity of a base: sha256 over its shape in words, tensor names and shapes, and sampled weights.
+
+    Samples are rounded to bfloat16, so that a base loaded in fp32 and in bf16 is the same base.
+    """
+    config = model.config.to_dict()  # type: ignore[operator, union-attr]
+    keys = [*("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")]
+    keys += ["num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "rope_parameters"]
+    digest = hashlib.sha256(json.dumps({key: config.get(key) for key in keys}, sort_keys=True).encode())
+    for name, tensor in sorted(base_tensors(model)):
+        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            continue  # some files hold the tied copy, some do not
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().reshape(-1)
+        places = torch.linspace(0, len(flat) - 1, min(len(flat), SAMPLES_PER_TENSOR), dtype=torch.float64).long()
+        sample = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,149 @@
+"""What a run says and writes while it goes: the header, one progress line, metrics.jsonl, the closing report."""
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minilora import files
+from minilora.data import IGNORE, DataReport, Example
+from minilora.memory import gib
+
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+
+
+def style(text: str, code: str, stream: Any = None) -> str:
+    """Text in a terminal style (SGR code); plain where the output is no terminal or NO_COLOR is set."""
+    stream = stream or sys.stdout
+    return f"\x1b[{code}m{text}\x1b[0m" if stream.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+def say(label: str, text: str) -> None:
+    """One line of the header or the report."""
+    tqdm.write(f"{style(f'{label:<12}', '1')} {text}", file=sys.stdout)
+    sys.stdout.flush()
+
+
+class RunLog:
+    """Prints progress and appends to metrics.jsonl: one JSON object a line, every step and every evaluation."""
+
+    def __init__(self, run: Path, first_step: int, num_steps: int, logging_steps: int) -> None:
+        self._path = run / METRICS
+        self._num_steps = num_steps
+        self._logging_steps = logging_steps
+        self._trim(first_step)
+        with files.storage_errors(self._path):
+            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
+        self._started, self._done_before = time.monotonic(), first_step
+
+    def _trim(self, step: int) -> None:
+        """Drop the lines beyond the checkpoint that a resumed run starts from; they are about to be written again."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_bytes().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > step:
+                    continue
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut short by a crash
+            kept.append(line)
+        files.replace_file(self._path, kept)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A training step is done."""
+        self._write(record)
+        line = (
+            f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.3f}  "
+            f"{record['tokens_per_second']:,.0f} tok/s  peak {gib(record['peak_memory_bytes'])}"
+        )
+        step = record["step"]
+        self._bar.set_description_str(f"epoch {record['epoch']:.2f}", refresh=False)
+        self._bar.set_postfix_str(line, refresh=False)
+        self._bar.update()
+        if self._bar.disable and (step % self._logging_steps == 0 or step in (1, self._num_steps)):
+            left = (time.monotonic() - self._started) / (step - self._done_before) * (self._num_steps - step)
+            print(f"step {step}/{self._num_steps}  epoch {record['epoch']:.2f}  {line}  left {left:.0f} s", flush=True)
+
+    def evaluation(self, record: dict[str, Any], best: float | None) -> None:
+        """An evaluation is done; best is that of the evaluations before."""
+        self._write(record)
+        change = "" if best is None else f"  ({record['eval_loss'] - best:+.4f} against the best)"
+        say("evaluation", f"step {record['step']}: held-out loss {record['eval_loss']:.4f} nats per token{change}")
+
+    def note(self, text: str) -> None:
+        """Something out of the ordinary."""
+        say("note", text)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with files.storage_errors(self._path):
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """The run is over, or stops here."""
+        self._bar.close()
+        self._file.close()
+
+
+def describe_data(report: DataReport) -> Iterable[str]:
+    """What was kept of a file and why the rest was not."""
+    lost = {
+        "bad": len(report.bad),
+        "longer than max_length": report.dropped_overlong,
+        "nothing supervised": report.dropped_unsupervised,
+    }
+    why = ", ".join(f"{count:,} {reason}" for reason, count in lost.items() if count)
+    share = 100 * report.supervised_tokens / max(1, report.tokens)
+    lengths = " / ".join(f"{report.lengths[key]:,}" for key in ("p50", "p95", "max"))
+    yield f"{report.file}: {report.kept:,} of {report.rows:,} rows kept" + (f"; dropped: {why}" if why else "")
+    yield f"tokens a row p50 / p95 / max: {lengths}; {share:.0f} % supervised" + (
+        f"; {report.truncated:,} rows truncated" if report.truncated else ""
+    )
+
+
+def marked_example(example: Example, tokenizer: Any) -> str:
+    """An example as the model sees it, the supervised tokens marked (green, or between ⟦ ⟧ without colour)."""
+    text = ""
+    supervised = example.labels != IGNORE
+    starts = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(supervised)]
+    for start, end in itertools.pairwise(starts):
+        part = tokenizer.decode(example.input_ids[start:end].tolist(), skip_special_tokens=False)
+        green = style(part, "32")
+        text += part if not supervised[start] else green if green != part else f"⟦{part}⟧"
+    return text
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on."""
+    import numpy
+    import tokenizers
+    import transformers
+
+    from minilora import __version__
+
+    return {
+        "minilora": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "numpy": numpy.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)"
