@@ -62,7 +62,7 @@ def plain_lora_linear(
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float
 ) -> Tensor:
-    """`plain_lora_linear` with a hand-written backward: saves x, the mask and a rank-wide product, copies nothing to fp32.
+    """`plain_lora_linear` with a hand-written backward: saves x, the mask and a rank-wide product, no copy in fp32.
 
     x: (..., in), weight: (out, in), bias: (out,), lora_A: (rank, in), lora_B: (out, rank) -> (..., out)
     """
@@ -72,8 +72,10 @@ def lora_linear(
 
 
 class _LoRALinear(torch.autograd.Function):
-    """With z = scale * dropout(x) A^T: y = x W^T + b + z B^T. Then dB = dy^T z, dz = scale * dy B, dA = dz^T dropout(x),
-    dx = dy W + dropout'(dz A)."""
+    """y = x W^T + b + z B^T with z = scale * dropout(x) A^T.
+
+    Then dB = dy^T z, dz = scale * dy B, dA = dz^T dropout(x), dx = dy W + dropout'(dz A).
+    """
 
     @staticmethod
     def forward(

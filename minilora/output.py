@@ -1,4 +1,4 @@
-"""What a run leaves behind: an adapter or a model folder, reloaded from the disk and compared before it is called done."""
+"""What a run leaves behind: an adapter or a model folder, reloaded from the disk and compared before it is done."""
 
 import copy
 from pathlib import Path
@@ -31,7 +31,7 @@ def save_adapter(
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
-    """A Hugging Face model folder with the weights rounded once to dtype. Raises DivergedError if they are not finite."""
+    """A Hugging Face model folder with the weights rounded once to dtype. Raises DivergedError for non-finite ones."""
     tied = model.config.tie_word_embeddings
     weights = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
     if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:

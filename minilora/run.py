@@ -333,7 +333,7 @@ def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
     )
     raise DivergedError(
         f"no finite gradient in {MAX_SKIPPED_IN_A_ROW} steps in a row (steps {good + 1} to {state.step + 1}). "
-        f"The state before them is saved: {save_checkpoint(run)}. Lower --learning_rate, or look at the rows named above."
+        f"The state before them is saved: {save_checkpoint(run)}. Lower --learning_rate, or look at the rows above."
     )
 
 
