@@ -4,6 +4,7 @@ Format: https://github.com/huggingface/peft/blob/main/docs/source/developer_guid
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,29 @@ def load(model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base
     another base (unless allow_other_base); the model is unchanged then.
     """
     config = read_config(folder)
+    check_base(folder, config, base_fingerprint, allow_other_base)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    shapes = {f"{name}.weight": (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    updates = read_updates(folder, config, shapes)
+    inject(model, config.target_modules, config.rank, config.alpha, config.dropout, config.rslora)
+    with torch.no_grad():
+        for name, layer in lora_layers(model).items():
+            layer.lora_A.copy_(updates[f"{name}.weight"].A)
+            layer.lora_B.copy_(updates[f"{name}.weight"].B)
+    return config
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter adds to one weight: scale * B A, with A (rank, in) and B (out, rank) in fp32."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+def check_base(folder: Path, config: AdapterConfig, base_fingerprint: str, allow_other_base: bool) -> None:
+    """Raise AdapterError when the adapter says that it was trained on another base."""
     trained_on = read_metadata(folder).get("base_fingerprint", base_fingerprint)
     if trained_on != base_fingerprint and not allow_other_base:
         raise AdapterError(
@@ -164,18 +188,35 @@ def load(model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base
             f"{base_fingerprint[:12]} (trained on {config.base_model!r}). Give that base as --model, or "
             "--allow_other_base to load it all the same."
         )
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = {name: linear for name, linear in linears.items() if name.rpartition(".")[2] in config.target_modules}
+
+
+def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Update]:
+    """The update of each weight an adapter changes, by the weight's name; `shapes` are those of the base's weights.
+
+    Strict: raises AdapterError with every missing, extra or misshapen tensor at once.
+    """
+    targets = [
+        name.removesuffix(".weight")
+        for name in shapes
+        if name.endswith(".weight") and name.split(".")[-2] in config.target_modules
+    ]
     expected: dict[str, tuple[int, ...]] = {}
-    for name, linear in chosen.items():
-        expected[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, linear.in_features)
-        expected[f"{PREFIX}{name}.lora_B.weight"] = (linear.out_features, config.rank)
+    for name in targets:
+        out_features, in_features = shapes[f"{name}.weight"]
+        expected[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, in_features)
+        expected[f"{PREFIX}{name}.lora_B.weight"] = (out_features, config.rank)
+    if not targets:
+        raise AdapterError(
+            f"{folder / CONFIG}: target_modules {list(config.target_modules)} match nothing in this model"
+        )
     loaded = _read_tensors(folder / WEIGHTS, expected)
-    inject(model, config.target_modules, config.rank, config.alpha, config.dropout, config.rslora)
-    with torch.no_grad():
-        for name, tensor in tensors(model).items():
-            tensor.copy_(loaded[name])
-    return config
+    scale = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+    return {
+        f"{name}.weight": Update(
+            loaded[f"{PREFIX}{name}.lora_A.weight"].float(), loaded[f"{PREFIX}{name}.lora_B.weight"].float(), scale
+        )
+        for name in targets
+    }
 
 
 def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

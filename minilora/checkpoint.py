@@ -20,6 +20,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 MAX_MANIFEST_BYTES = 4 * 2**20
+EMPTY_SAFETENSORS_BYTES = 64  # a header without tensors
 # Keys a resumed run may change: they decide how long, how fast and how talkative a run is, not what a step computes.
 FREE_KEYS = frozenset(
     (
@@ -195,7 +196,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
     params = trainable(model)
     weights = _read_tensors(path / WEIGHTS, {name: tuple(param.shape) for name, param in params.items()})
     shapes = {f"{name}.{key}": tuple(p.shape) for name, p in params.items() for key in ("exp_avg", "exp_avg_sq")}
-    moments = _read_tensors(path / MOMENTS, shapes | {f"{name}.step": () for name in params})
+    stepped = manifest["files"][MOMENTS]["size"] > EMPTY_SAFETENSORS_BYTES  # not when every step so far was skipped
+    moments = _read_tensors(path / MOMENTS, shapes | {f"{name}.step": () for name in params} if stepped else {})
     fields = {field.name for field in dataclasses.fields(TrainState)}
     saved = read_json(path / STATE)
     if set(saved) != fields:
@@ -205,14 +207,14 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
     with torch.no_grad():
         for name, param in params.items():
             param.copy_(weights[name])
-            optimizer.state[param] = {
-                key: moments[f"{name}.{key}"].to(param.device) for key in ("step", "exp_avg", "exp_avg_sq")
-            }
+            if stepped:
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                optimizer.state[param] = {key: moments[f"{name}.{key}"].to(param.device) for key in keys}
     return TrainState(**saved)
 
 
 def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a file that must hold exactly these names and shapes; an optimizer without steps holds none."""
+    """The tensors of a file that must hold exactly these names and shapes."""
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -184,10 +184,31 @@ def chat_command(argv: Sequence[str]) -> int:
             turns.append(Turn("assistant", texts[0]))
 
 
+def merge_command(argv: Sequence[str]) -> int:
+    """minilora merge"""
+    parser = Parser(f"{PROG} merge", "Fold an adapter into its base: a plain Hugging Face folder comes out.")
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; its base is found from it")
+    parser.add_argument("--output_dir", metavar="DIR", required=True, help="where the merged model goes")
+    parser.add_argument("--model", metavar="NAME", help="hub name or folder; overrides the adapter's base")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
+    parser.add_argument("--allow_other_base", action="store_true", help="merge into a base it was not trained on")
+    args = parser.parse(argv)
+
+    from minilora.merge import merge
+
+    agreement = merge(Path(args.adapter), Path(args.output_dir), args.model, args.dtype, args.allow_other_base)
+    print(
+        f"merged into {args.output_dir}: against base + adapter in fp32, largest logit difference "
+        f"{agreement.max_logit_difference:.3g}, same likeliest token at {100 * agreement.top1_share:.1f} % of positions"
+    )
+    return 0
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_command, "fine-tune a model"),
     "generate": (generate_command, "answer prompts"),
     "chat": (chat_command, "talk to a model"),
+    "merge": (merge_command, "fold an adapter into its base"),
 }
 
 

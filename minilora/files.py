@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,22 +118,34 @@ def json_chunks(value: object) -> Iterator[bytes]:
 
 
 def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """A safetensors file piece by piece, one tensor in memory at a time.
+    """These tensors as a safetensors file."""
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return lazy_safetensors_chunks(specs, tensors.__getitem__, metadata)
+
+
+def lazy_safetensors_chunks(
+    specs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    fetch: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> Iterator[bytes | memoryview]:
+    """A safetensors file of tensors with these dtypes and shapes, fetched one after the other as they are written.
 
     Format: https://github.com/huggingface/safetensors#format (8 bytes of header length, JSON header, raw data).
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        shape = {"dtype": SAFETENSORS_DTYPES[tensor.dtype], "shape": list(tensor.shape)}
-        header[name] = shape | {"data_offsets": [offset, offset + size]}
+    for name, (dtype, shape) in specs.items():
+        size = math.prod(shape) * dtype.itemsize
+        entry = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape)}
+        header[name] = entry | {"data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little")
     yield text
-    for tensor in tensors.values():
+    for name, spec in specs.items():
+        tensor = fetch(name)
+        assert (tensor.dtype, tuple(tensor.shape)) == spec, f"{name} is not what the header says"
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
         if flat.numel():
             yield flat.view(torch.uint8).numpy().data

@@ -34,8 +34,9 @@ def train(config: TrainConfig) -> Summary:
                     return finish(run, "early stopping")
                 run.log.step(train_step(run))
         except StoppedError as error:  # the step under way is lost, all before it is saved
-            path = save_checkpoint(run)
-            error.args = (f"{error}; saved {path}. Go on with: python train.py --resume {run.folder}",)
+            if state.step:
+                saved = save_checkpoint(run)
+                error.args = (f"{error}; saved {saved}. Go on with: python train.py --resume {run.folder}",)
             raise
         finally:
             run.log.close()

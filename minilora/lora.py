@@ -90,33 +90,60 @@ class _LoRALinear(torch.autograd.Function):
     ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        mask = torch.empty_like(flat, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
-        dropped = flat if mask is None else flat * mask
+        dropped = draw_dropped(flat, dropout) if dropout else None
         ctx.scale = scale / (1 - dropout)  # dropout's own factor is folded into the scale
-        z = (dropped @ A.T).mul_(ctx.scale)  # (tokens, rank)
+        z = (zeroed(flat, dropped) @ A.T).mul_(ctx.scale)  # (tokens, rank)
         y = F.linear(flat, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
         y.addmm_(z, B.T)  # into the base product: no second (tokens, out) buffer
-        ctx.save_for_backward(flat, mask, z, weight, lora_A, lora_B)
+        ctx.save_for_backward(flat, dropped, z, weight, lora_A, lora_B)
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        flat, mask, z, weight, lora_A, lora_B = ctx.saved_tensors
+        flat, dropped, z, weight, lora_A, lora_B = ctx.saved_tensors
         dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])  # (tokens, out)
         A, B = lora_A.to(flat.dtype), lora_B.to(flat.dtype)
         d_B = (dy.T @ z).to(lora_B.dtype)  # (out, rank)
         dz = (dy @ B).mul_(ctx.scale)  # (tokens, rank)
-        dropped = flat if mask is None else flat * mask
-        d_A = (dz.T @ dropped).to(lora_A.dtype)  # (rank, in)
+        d_A = (dz.T @ zeroed(flat, dropped)).to(lora_A.dtype)  # (rank, in)
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight.to(dy.dtype)  # (tokens, in)
-            if mask is None:
+            if dropped is None:
                 dx.addmm_(dz, A)
             else:
-                dx.addcmul_(dz @ A, mask)
+                dx.add_(zero_(dz @ A, dropped))
             dx = dx.view(*grad_outputs[0].shape[:-1], -1)
         return dx, None, None, d_A, d_B, None, None
+
+
+def draw_dropped(x: Tensor, dropout: float) -> Tensor:
+    """Which elements of x a dropout zeroes: a mask of x's shape on CUDA, their flat positions on the CPU.
+
+    On the CPU the gaps between dropped elements are drawn, from their geometric distribution: the same Bernoulli
+    process with one draw for each element that is dropped instead of one for each element.
+    """
+    if x.is_cuda:
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)
+    size, positions = x.numel(), torch.zeros(0, dtype=torch.int64)
+    while (last := int(positions[-1]) if len(positions) else -1) < size:
+        count = int(size * dropout + 6 * math.sqrt(size * dropout)) + 1
+        gaps = torch.rand(count, dtype=torch.float64).neg_().log1p_().div_(math.log1p(-dropout)).floor_().add_(1)
+        positions = torch.cat([positions, gaps.cumsum_(0).to(torch.int64).add_(last)])
+    return positions[: int(torch.searchsorted(positions, size))]
+
+
+def zeroed(x: Tensor, dropped: Tensor | None) -> Tensor:
+    """A copy of x without the dropped elements (x itself when there are none)."""
+    return x if dropped is None else zero_(x.clone(), dropped)
+
+
+def zero_(x: Tensor, dropped: Tensor) -> Tensor:
+    """Set the dropped elements of x, as `draw_dropped` names them, to zero."""
+    if dropped.dtype == torch.bool:
+        return x.masked_fill_(dropped, 0)
+    x.view(-1).index_fill_(0, dropped, 0)
+    return x
 
 
 def inject(

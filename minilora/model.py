@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,7 @@ def cached_model(name: str) -> Path | None:
         return None
     except HFValidationError as error:
         raise ModelError(f"model {name!r} is no folder and no hub name: {error}") from error
-    index = folder / "model.safetensors.index.json"
-    shards = json.loads(index.read_text())["weight_map"].values() if index.exists() else ["model.safetensors"]
-    complete = (folder / "config.json").exists() and all((folder / shard).exists() for shard in shards)
+    complete = (folder / "config.json").exists() and all(file.exists() for file in weight_files(folder))
     return folder if complete else None
 
 
@@ -212,20 +210,37 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def fingerprint(model: nn.Module) -> str:
+    """The identity of a loaded base, whatever is wrapped around its layers."""
+    return fingerprint_of(model.config.to_dict(), base_tensors(model))  # type: ignore[operator, union-attr]
+
+
+def fingerprint_of(config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The identity of a base: sha256 over its shape in words, tensor names and shapes, and sampled weights.
 
-    Samples are rounded to bfloat16, so that a base loaded in fp32 and in bf16 is the same base.
+    Samples are rounded to bfloat16, so that a base in fp32 and the same base in bf16 are one.
     """
-    config = model.config.to_dict()  # type: ignore[operator, union-attr]
     keys = [*("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")]
     keys += ["num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "rope_parameters"]
     digest = hashlib.sha256(json.dumps({key: config.get(key) for key in keys}, sort_keys=True).encode())
-    for name, tensor in sorted(base_tensors(model)):
+    parts = []
+    for name, tensor in tensors:
         if name == "lm_head.weight" and config.get("tie_word_embeddings"):
             continue  # some files hold the tied copy, some do not
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().reshape(-1)
         places = torch.linspace(0, len(flat) - 1, min(len(flat), SAMPLES_PER_TENSOR), dtype=torch.float64).long()
         sample = flat[places.to(flat.device)].to(torch.bfloat16).cpu()
-        digest.update(sample.view(torch.int16).numpy().tobytes())
+        parts.append(f"{name} {tuple(tensor.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
+    for part in sorted(parts):
+        digest.update(part)
     return digest.hexdigest()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises ModelError for names that point out of it."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    if bad := [name for name in names if Path(name).name != name]:
+        raise ModelError(f"{index}: {bad[0]!r} is not the name of a file beside it.")
+    return [folder / name for name in names]

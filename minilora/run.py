@@ -17,6 +17,7 @@ from minilora.checkpoint import Identity, TrainState
 from minilora.config import TrainConfig
 from minilora.data import ChatMarkup, DataReport, Dataset, Example, Row, read_rows, split, tokenize
 from minilora.errors import DivergedError, OutOfMemoryError
+from minilora.fast import speed_up
 from minilora.generate import Speaker, probe_logits
 from minilora.lora import inject
 from minilora.memory import gib, memory_bytes, peak_memory_bytes
@@ -119,6 +120,7 @@ def prepare(config: TrainConfig, stop: StopRequest) -> Run:
         )
     else:
         model.requires_grad_(True)
+    speed_up(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = make_optimizer(model, config.weight_decay)

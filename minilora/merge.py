@@ -1,0 +1,110 @@
+"""An adapter folded into its base: W0 + scale * B A in fp32, rounded once, written shard by shard."""
+
+import gc
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from minilora import adapter, files
+from minilora.data import ChatMarkup
+from minilora.errors import AdapterError
+from minilora.generate import load_speaker, probe_logits
+from minilora.model import find_model, fingerprint_of, load_tokenizer, weight_files
+from minilora.output import probe
+
+DTYPES_BY_NAME = {name: dtype for dtype, name in files.SAFETENSORS_DTYPES.items()}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close the merged model is to base plus adapter, over the probe's positions."""
+
+    max_logit_difference: float
+    top1_share: float
+
+
+def merge(
+    adapter_folder: Path,
+    output_folder: Path,
+    model_name: str | None = None,
+    dtype: str = "auto",
+    allow_other_base: bool = False,
+) -> Agreement:
+    """Write a Hugging Face folder of base plus adapter; one tensor is in memory at a time.
+
+    dtype: of the floating-point weights; auto keeps each tensor's own. Raises AdapterError when the adapter does not
+    fit the base, or when output_folder already holds something.
+    """
+    config = adapter.read_config(adapter_folder)
+    base = find_model(model_name or config.base_model)
+    if output_folder.exists() and any(output_folder.iterdir()):
+        raise AdapterError(f"{output_folder} is not empty: give another --output_dir")
+    base_config = json.loads((base / "config.json").read_text("utf-8"))
+    if "quantization_config" in base_config:
+        raise AdapterError(f"{base} is quantised: merge into the original model instead, --model NAME")
+    adapter.check_base(adapter_folder, config, fingerprint_of(base_config, _all_tensors(base)), allow_other_base)
+    updates = adapter.read_updates(adapter_folder, config, _shapes(base))
+    with files.new_folder(output_folder) as aside:
+        for file in base.iterdir():
+            if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model"):
+                shutil.copyfile(file, aside / file.name)
+        for name in ("chat_template.jinja", "generation_config.json"):
+            if (adapter_folder / name).is_file():
+                shutil.copyfile(adapter_folder / name, aside / name)
+        if dtype != "auto":
+            files.write_file(aside / "config.json", files.json_chunks(base_config | {"dtype": dtype}))
+        for shard in weight_files(base):
+            _merge_shard(shard, aside / shard.name, updates, None if dtype == "auto" else DTYPES[dtype])
+    return _agreement(adapter_folder, output_folder, base, allow_other_base)
+
+
+def _merge_shard(source: Path, target: Path, updates: dict[str, adapter.Update], dtype: torch.dtype | None) -> None:
+    with safe_open(source, framework="pt") as file:
+
+        def merged(name: str) -> Tensor:
+            tensor = file.get_tensor(name)
+            if name in updates:
+                tensor = tensor.float().addmm_(updates[name].B, updates[name].A, alpha=updates[name].scale)
+            return tensor.to(specs[name][0])
+
+        specs = {}
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            own = DTYPES_BY_NAME[part.get_dtype()]
+            specs[name] = (dtype if dtype and own.is_floating_point else own, tuple(part.get_shape()))
+        files.write_file(target, files.lazy_safetensors_chunks(specs, merged, {"format": "pt"}))
+
+
+def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _agreement(adapter_folder: Path, merged_folder: Path, base: Path, allow_other_base: bool) -> Agreement:
+    """Both models in fp32, one after the other, so that only one is in memory."""
+    tokenizer = load_tokenizer(base)
+    ids = probe(ChatMarkup(tokenizer), adapter.read_metadata(adapter_folder).get("system_prompt", ""))
+    speaker = load_speaker(str(base), str(adapter_folder), "float32", "cpu", allow_other_base=allow_other_base)
+    expected = probe_logits(speaker.model, ids)
+    del speaker
+    gc.collect()
+    logits = probe_logits(load_speaker(str(merged_folder), None, "float32", "cpu").model, ids)
+    same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
+    return Agreement(float((logits - expected).abs().max()), float(same))
