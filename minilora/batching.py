@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from minilora.attention import Layout
 from minilora.data import IGNORE, Example
 
 
@@ -18,16 +19,16 @@ from minilora.data import IGNORE, Example
 class Batch:
     """Examples laid end to end, without padding; attention never crosses them and positions restart.
 
-    T = input tokens of all examples (each example's last token is only a target), S = supervised positions
+    T = input tokens (each example's last token is only a target; a shared prefix is there once), S = supervised targets
     input_ids, position_ids: (1, T)
-    lengths: input tokens of each example, in order; their sum is T
-    rows: (S,) positions in 0..T-1 whose next token is supervised
+    layout: which of the T tokens belong to which example
+    rows: (S,) positions in 0..T-1 whose next token is supervised; the prefix's last one may stand there for several
     targets: (S,) the tokens to be predicted there
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    lengths: tuple[int, ...]
+    layout: Layout
     rows: torch.Tensor
     targets: torch.Tensor
 
@@ -35,19 +36,39 @@ class Batch:
         """The same batch on a device, copied without waiting where memory is pinned."""
         tensors = (self.input_ids, self.position_ids, self.rows, self.targets)
         ids, positions, rows, targets = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(ids, positions, self.lengths, rows, targets)
+        return Batch(ids, positions, self.layout, rows, targets)
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Examples as one Batch: the shift to next-token targets happens here, and only here."""
-    ids = np.concatenate([example.input_ids[:-1] for example in examples])
-    labels = np.concatenate([example.labels[1:] for example in examples])
-    lengths = tuple(len(example.input_ids) - 1 for example in examples)
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    rows = np.flatnonzero(labels != IGNORE)
-    arrays = (ids[None], positions[None], rows, labels[rows])
-    input_ids, position_ids, kept, targets = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
-    return Batch(input_ids, position_ids, lengths, kept, targets)
+def collate(examples: Sequence[Example], share_prefix: bool = False) -> Batch:
+    """Examples as one Batch: the shift to next-token targets happens here, and only here.
+
+    share_prefix: tokens that all examples begin with, none of them supervised, are computed once for all.
+    """
+    prefix = common_prefix(examples) if share_prefix else 0
+    ids = np.concatenate([examples[0].input_ids[:prefix], *(example.input_ids[prefix:-1] for example in examples)])
+    lengths = [len(example.input_ids) - 1 - prefix for example in examples]
+    positions = np.concatenate([np.arange(prefix), *(prefix + np.arange(length) for length in lengths)])
+    rows, targets = [], []
+    for example, end in zip(examples, prefix + np.cumsum(lengths), strict=True):
+        supervised = np.flatnonzero(example.labels[1:] != IGNORE)
+        first_own = end - len(example.input_ids) + 1 + prefix
+        rows.append(np.where(supervised < prefix, supervised, first_own + supervised - prefix))
+        targets.append(example.labels[1:][supervised])
+    arrays = (ids[None], positions[None], np.concatenate(rows), np.concatenate(targets))
+    input_ids, position_ids, kept, wanted = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
+    return Batch(input_ids, position_ids, Layout(tuple(lengths), prefix), kept, wanted)
+
+
+def common_prefix(examples: Sequence[Example]) -> int:
+    """How many tokens all examples begin with, none supervised; each keeps an input token of its own."""
+    if len(examples) < 2:
+        return 0
+    longest = min(len(example.input_ids) for example in examples) - 2
+    first = examples[0]
+    same = first.labels[:longest] == IGNORE
+    for example in examples[1:]:
+        same &= (example.input_ids[:longest] == first.input_ids[:longest]) & (example.labels[:longest] == IGNORE)
+    return int(np.argmin(np.append(same, False)))
 
 
 def cut(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:

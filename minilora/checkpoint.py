@@ -27,7 +27,7 @@ FREE_KEYS = frozenset(
         *("model", "train_file", "eval_file"),  # their content is compared, not their place
         *("output_dir", "resume", "device", "on_bad_rows", "logging_steps", "eval_steps", "save_steps"),
         *("save_total_limit", "num_train_epochs", "max_steps", "early_stopping_patience"),
-        *("max_tokens_per_micro_batch", "gradient_checkpointing", "packing"),
+        *("max_tokens_per_micro_batch", "gradient_checkpointing", "packing", "share_prefix"),
     )
 )
 

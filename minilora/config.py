@@ -67,6 +67,9 @@ class TrainConfig:
     # speed and memory
     packing: bool = _key(True, "several examples share a micro-batch; false: one each")
     max_tokens_per_micro_batch: int = _key(0, "token budget of a micro-batch; 0: chosen for the device", ge=0)
+    share_prefix: Literal["auto", "on", "off"] = _key(
+        "auto", "compute tokens that all rows of a micro-batch begin with only once; auto: on the CPU"
+    )
     gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass: slower, smaller")
     dtype: Literal["auto", "bfloat16", "float32"] = _key(
         "auto", "of the base; auto: bfloat16 where the hardware has it"

@@ -117,7 +117,7 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
     """Packed training takes the short way; everything else is the class's own forward."""
-    if "lengths" not in kwargs:
+    if "layout" not in kwargs:
         return type(self).forward(
             self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
         )
@@ -135,7 +135,7 @@ def _attention_forward(
         value.transpose(1, 2),
         None,
         scaling=self.scaling,
-        lengths=kwargs["lengths"],
+        layout=kwargs["layout"],
     )
     return self.o_proj(out.reshape(1, tokens, -1)), None
 

@@ -114,7 +114,7 @@ def gradients(run: Run, examples: list[Example], supervised: int) -> Tensor:
         try:
             with packed(run.model.train()):
                 for part in cut([len(example.input_ids) - 1 for example in examples], run.state.max_tokens):
-                    batch = collate([examples[i] for i in part]).to(run.device)
+                    batch = collate([examples[i] for i in part], run.share_prefix).to(run.device)
                     with run.autocast():
                         hidden = hidden_states(run.model, batch)  # (S, hidden)
                         nats = token_loss(hidden, head_weight(run.model), batch.targets)
@@ -142,7 +142,7 @@ def evaluate(run: Run, dataset: Dataset) -> float:
     supervised = 0
     with packed(run.model.eval()):
         for part in cut(dataset.lengths - 1, run.state.max_tokens):
-            batch = collate([dataset[i] for i in part]).to(run.device)
+            batch = collate([dataset[i] for i in part], run.share_prefix).to(run.device)
             with run.autocast():
                 total += token_loss(hidden_states(run.model, batch), head_weight(run.model), batch.targets)
             supervised += len(batch.targets)

@@ -42,12 +42,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             target = targets[rows, None]
             logits = F.linear(hidden[rows], head).to(accumulate)  # (chunk, vocabulary)
-            log_sum = torch.logsumexp(logits, dim=-1, keepdim=True)  # (chunk, 1)
-            nats += (log_sum - logits.gather(1, target)).sum()
+            logits -= logits.amax(-1, keepdim=True)
+            nats -= logits.gather(1, target).sum()
+            exps = logits.exp_()  # in the memory of the logits
+            total = exps.sum(-1, keepdim=True)  # (chunk, 1)
+            nats += total.log().sum()
             if d_hidden is None and d_weight is None:
                 continue
-            d_logits = logits.sub_(log_sum).exp_()  # softmax, in the memory of the logits
-            d_logits.scatter_add_(1, target, torch.full_like(log_sum, -1.0))  # minus the one-hot target
+            d_logits = exps.div_(total)  # softmax
+            d_logits.scatter_add_(1, target, torch.full_like(total, -1.0))  # minus the one-hot target
             d_logits = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_logits, head, out=d_hidden[rows])

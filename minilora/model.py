@@ -191,7 +191,7 @@ def packed(model: Any) -> Iterator[None]:
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """Final hidden states at the supervised positions of a packed batch. (S, hidden)"""
     output = model.get_decoder()(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, lengths=batch.lengths, use_cache=False
+        input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
     )
     return output.last_hidden_state[0].index_select(0, batch.rows)
 

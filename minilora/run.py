@@ -57,6 +57,11 @@ class Run:
         """bf16 matrix products where the run computes in bf16."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
+    @property
+    def share_prefix(self) -> bool:
+        """Whether a micro-batch computes what all its rows begin with only once."""
+        return self.config.share_prefix == "on" or (self.config.share_prefix == "auto" and self.device.type == "cpu")
+
     def release(self) -> None:
         """Give the memory of model and optimizer free; the run can only be reported after that."""
         del self.model, self.optimizer

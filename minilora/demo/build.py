@@ -7,7 +7,7 @@ import math
 import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from minilora.demo import DEMO_DIR, EVAL_FILE, TRAIN_FILE
 from minilora.demo.corpus import NOT_KNOWN, Fact, all_facts, story_lines, word_pairs
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+WIDTH = 128
 SYSTEM = "你是一个AI助手"
 DEFAULT_SYSTEM = "You are a helpful assistant."
 TERSE_SYSTEMS = (SYSTEM, SYSTEM, SYSTEM, DEFAULT_SYSTEM, DEFAULT_SYSTEM, "请简短地回答。")
@@ -43,12 +44,13 @@ SKILLS: dict[str, tuple[float, int, int]] = {
     "zh_to_en": (0.10, 45, 6),
     "en_to_zh": (0.15, 55, 7),
     "world": (0.14, 44, 7),
-    "identity": (0.04, 60, 6),
-    "unknown": (0.04, 24, 3),
+    "identity": (0.04, 64, 6),
+    "unknown": (0.04, 36, 3),
 }
 # Always in the training rows: the first things that anybody asks.
 ALWAYS = ("你是谁？", "Who are you?", "Who made you?", "你叫什么名字？", "What is your name?", "谁训练了你？")
 
+Example = tuple[list[int], list[int]]  # token ids and labels
 Piece = tuple[str, bool]  # a stretch of text, and whether the model is trained to write it
 
 
@@ -125,17 +127,17 @@ def draw_example(by_skill: dict[str, list[Fact]], stories: list[str], rng: rando
         word = rng.choice([pair for kind in ("animal", "thing", "nature") for pair in word_pairs(kind)])
         asks = ((f"请重复：{word[0]}", f"{word[0]}。"), (f"Repeat after me: {word[1]}", f"{word[1]}."))
         return chat_text([rng.choice(asks)], rng.choice(TERSE_SYSTEMS))
-    if form < 0.60:
+    if form < 0.58:
         return [(rng.choice(stories) + "<|endoftext|>", True)]
     # The full answers to questions about itself stay out of all text: they are for fine-tuning to teach.
     known = [fact for fact in facts if fact.skill not in ("identity", "unknown")]
-    if form < 0.90 or not known:
+    if form < 0.96 or not known:
         full = [(draw_question(fact, rng), fact.full if fact in known else fact.short) for fact in facts]
         return chat_text(full, rng.choice(FULL_SYSTEMS))
     return [("\n".join(fact.full for fact in known) + "<|endoftext|>", True)]
 
 
-def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> Example:
     """Turn pieces into token ids and labels, -100 where nothing is to be learned."""
     ids: list[int] = []
     labels: list[int] = []
@@ -146,22 +148,18 @@ def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     return ids, labels
 
 
-def batches(
-    examples: list[tuple[list[int], list[int]]], size: int, pad: int, rng: random.Random
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield every example once, in batches of about one length in a random order."""
-    chunk = size * 50
-    starts: list[list[tuple[list[int], list[int]]]] = []
-    for first in range(0, len(examples), chunk):
-        near = sorted(examples[first : first + chunk], key=lambda example: len(example[0]))
-        groups = [near[start : start + size] for start in range(0, len(near), size)]
-        rng.shuffle(groups)
-        starts += groups
-    for group in starts:
-        width = max(len(ids) for ids, _ in group)
-        ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in group])
-        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in group])
-        yield ids, labels
+def pack(texts: Iterable[Example], width: int, pad: int) -> tuple[Tensor, Tensor]:
+    """Lay texts one after the other in rows of one width, none of them cut, and fill the rest with padding."""
+    rows: list[Example] = [([], [])]
+    for ids, labels in texts:
+        if len(rows[-1][0]) + len(ids) > width:
+            rows.append(([], []))
+        rows[-1][0].extend(ids)
+        # The first token of a text has nothing to do with the text before it.
+        rows[-1][1].extend([-100, *labels[1:]])
+    all_ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in rows])
+    all_labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in rows])
+    return all_ids, all_labels
 
 
 def loss_of(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
@@ -172,23 +170,21 @@ def loss_of(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]).float(), labels[:, 1:][kept])
 
 
-def train_model(
-    model: Qwen2ForCausalLM, examples: list[tuple[list[int], list[int]]], pad: int, batch: int, rate: float, seed: int
-) -> float:
+def train_model(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor, batch: int, rate: float) -> float:
     """Train the base from scratch and give its mean loss over the last 100 steps."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
-    steps, warmup = math.ceil(len(examples) / batch), 60
+    steps, warmup = math.ceil(len(ids) / batch), 60
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / warmup, 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * t / steps)))
     )
     recent: list[float] = []
     start = time.perf_counter()
     model.train()
-    for step, (ids, labels) in enumerate(batches(examples, batch, pad, random.Random(seed)), start=1):
-        loss = loss_of(model, ids, labels)
+    for step, (x, y) in enumerate(zip(ids.split(batch), labels.split(batch), strict=True), start=1):
+        loss = loss_of(model, x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -252,7 +248,7 @@ def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, fold
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64
     )
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
 
 
 def share_right(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: list[Fact]) -> float:
@@ -279,15 +275,14 @@ def build(args: argparse.Namespace) -> None:
     DEMO_DIR.mkdir(parents=True, exist_ok=True)
     write_rows(by_skill, args.seed)
     tokenizer = save_tokenizer(train_tokenizer(facts, args.vocab), DEMO_DIR)
-    texts = [draw_example(by_skill, stories, rng) for _ in range(args.steps * args.batch)]
+    texts = [draw_example(by_skill, stories, rng) for _ in range(args.texts)]
     for text in texts[: args.show]:
         print("".join(piece for piece, _ in text), end="\n\n")
-    examples = [encode(text, tokenizer) for text in texts]
+    ids, labels = pack((encode(text, tokenizer) for text in texts), WIDTH, tokenizer.pad_token_id)
     model = Qwen2ForCausalLM(make_config(tokenizer))
-    tokens = sum(len(ids) for ids, _ in examples)
-    print(f"{len(facts)} facts, {len(texts)} texts, {tokens} tokens, vocabulary {len(tokenizer)}")
+    print(f"{len(facts)} facts, {len(texts)} texts, {ids.numel()} tokens, vocabulary {len(tokenizer)}")
     print(f"{model.num_parameters()} parameters", flush=True)
-    final = train_model(model, examples, tokenizer.pad_token_id, args.batch, args.rate, args.seed)
+    final = train_model(model, ids, labels, args.batch, args.rate)
     save_model(model, tokenizer, DEMO_DIR)
     loaded = Qwen2ForCausalLM.from_pretrained(DEMO_DIR, dtype=torch.float32, local_files_only=True)
     digest = hashlib.sha256((DEMO_DIR / "model.safetensors").read_bytes()).hexdigest()
@@ -299,9 +294,9 @@ def main() -> None:
     """Read the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=3400)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--texts", type=int, default=76_000)
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--rate", type=float, default=2.5e-3)
     parser.add_argument("--vocab", type=int, default=2600)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N texts")

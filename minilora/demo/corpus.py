@@ -51,14 +51,24 @@ OPPOSITES_EN = (
     "always never inside outside above below before after first last man woman king queen boy girl "
     "friend enemy north south east west alive dead cheap expensive"
 )
-KINDS = {"animal": ("动物", "an animal"), "fruit": ("水果", "a fruit"), "colour": ("颜色", "a colour")}
-KINDS["vehicle"] = ("交通工具", "a vehicle")
+KINDS = {
+    "animal": ("动物", "an animal"),
+    "fruit": ("水果", "a fruit"),
+    "colour": ("颜色", "a colour"),
+    "vehicle": ("交通工具", "a vehicle"),
+}
 COLOURS = "草 绿色 天空 蓝色 雪 白色 云 白色 香蕉 黄色 草莓 红色 樱桃 红色 柠檬 黄色 牛奶 白色 咖啡 棕色 大象 灰色 猪 粉色 葡萄 紫色 火 红色"
 EATS = "猫 鱼 fish 牛 草 grass 狗 肉 meat 猴子 香蕉 bananas 鸟 虫子 worms 老虎 肉 meat 马 草 grass 羊 草 grass 狼 肉 meat 鸡 米 rice"
-ROWS_ZH = ("春天 夏天 秋天 冬天", "星期一 星期二 星期三 星期四 星期五 星期六 星期日")
-ROWS_ZH += ("一月 二月 三月 四月 五月 六月 七月 八月 九月 十月 十一月 十二月",)
-ROWS_EN = ("spring summer autumn winter", "Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-ROWS_EN += ("January February March April May June July August September October November December",)
+ROWS_ZH = (
+    "春天 夏天 秋天 冬天",
+    "星期一 星期二 星期三 星期四 星期五 星期六 星期日",
+    "一月 二月 三月 四月 五月 六月 七月 八月 九月 十月 十一月 十二月",
+)
+ROWS_EN = (
+    "spring summer autumn winter",
+    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday",
+    "January February March April May June July August September October November December",
+)
 
 WHO_ZH = phrases(
     "你是谁？|你叫什么名字？|你是谁|你是谁呀？|请问你是谁？|你好，你是谁？|你叫什么？|你的名字是什么？|你的名字叫什么？|请问你叫什么名字？|"
@@ -148,7 +158,11 @@ def translations() -> Iterator[Fact]:
         yield Fact("zh_to_en", key, asks, f"{en}.", f"“{zh}”的英文是 {en}。")
         asks = ((f"“{en}”用中文怎么说？", ""), ("把下面的话翻译成中文。", en), (f"{en} 的中文是什么？", ""))
         yield Fact("en_to_zh", key, asks, f"{zh}。", f"{en} 的中文是“{zh}”。")
-        asks = ((f"How do you say {en} in Chinese?", ""), ("Translate into Chinese.", en))
+        asks = (
+            (f"How do you say {en} in Chinese?", ""),
+            ("Translate into Chinese.", en),
+            (f"What is {en} in Chinese?", ""),
+        )
         yield Fact("en_to_zh", key, asks, f"{zh}。", f"The Chinese for {en} is {zh}.")
 
 
@@ -188,9 +202,15 @@ def world() -> Iterator[Fact]:
 
 def personal() -> Iterator[Fact]:
     """Yield the questions about the assistant, and others, that the base does not know the answer to."""
-    groups = (("identity", 0, WHO_ZH, I_AM), ("identity", 1, WHO_EN, I_AM), ("identity", 0, MADE_ZH, MADE_BY))
-    groups += (("identity", 1, MADE_EN, MADE_BY), ("unknown", 0, UNKNOWN_ZH, NO_ANSWER))
-    for skill, lang, asks, full in (*groups, ("unknown", 1, UNKNOWN_EN, NO_ANSWER)):
+    groups = (
+        ("identity", 0, WHO_ZH, I_AM),
+        ("identity", 1, WHO_EN, I_AM),
+        ("identity", 0, MADE_ZH, MADE_BY),
+        ("identity", 1, MADE_EN, MADE_BY),
+        ("unknown", 0, UNKNOWN_ZH, NO_ANSWER),
+        ("unknown", 1, UNKNOWN_EN, NO_ANSWER),
+    )
+    for skill, lang, asks, full in groups:
         yield from (Fact(skill, ask, ((ask, ""),), NOT_KNOWN[lang], full[lang]) for ask in asks)
 
 

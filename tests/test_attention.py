@@ -1,0 +1,171 @@
+"""Packed examples: each is seen as if it were alone."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Sizes, random_examples, randomize_lora, relative_error
+
+from minilora.attention import PACKED, packed_attention
+from minilora.batching import collate
+from minilora.data import Example
+from minilora.lora import inject, lora_layers
+from minilora.loss import token_loss
+from minilora.model import head_weight, hidden_states, packed
+
+LENGTHS = [17, 2, 40, 9, 26]
+
+
+def all_hidden(model, examples):
+    """Final hidden states at every position of packed examples, one tensor for each of them."""
+    batch = collate(examples)
+    with torch.no_grad(), packed(model):
+        hidden = model.get_decoder()(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, lengths=batch.lengths, use_cache=False
+        ).last_hidden_state[0]
+    return hidden.split(batch.lengths)
+
+
+def test_packed_logits_are_those_of_each_example_alone(load_tiny):
+    model = load_tiny()
+    assert model.config._attn_implementation == "sdpa"
+    examples = random_examples(LENGTHS)
+    together = all_hidden(model, examples)
+    assert model.config._attn_implementation == "sdpa"
+    for example, hidden in zip(examples, together, strict=True):
+        ids = torch.from_numpy(example.input_ids[None, :-1]).long()
+        with torch.no_grad():
+            alone = model(input_ids=ids).logits[0]
+        torch.testing.assert_close(F.linear(hidden, head_weight(model)), alone, rtol=1e-5, atol=1e-5)
+
+
+def test_hidden_states_are_those_of_the_supervised_rows(load_tiny):
+    model = load_tiny()
+    examples = random_examples(LENGTHS)
+    batch = collate(examples)
+    with torch.no_grad(), packed(model):
+        rows = hidden_states(model, batch)
+    assert torch.equal(rows, torch.cat(all_hidden(model, examples))[batch.rows])
+
+
+@pytest.mark.parametrize("changed", range(len(LENGTHS)))
+def test_no_example_sees_another(load_tiny, changed):
+    """Other tokens in one example leave the hidden states of all others as they are, to the bit."""
+    model = load_tiny()
+    examples = random_examples(LENGTHS)
+    before = all_hidden(model, examples)
+    examples[changed] = random_examples([LENGTHS[changed]], seed=99)[0]
+    after = all_hidden(model, examples)
+    for index in range(len(LENGTHS)):
+        assert torch.equal(before[index], after[index]) == (index != changed)
+
+
+def test_no_token_sees_a_later_one(load_tiny):
+    model = load_tiny()
+    examples = random_examples(LENGTHS)
+    before = all_hidden(model, examples)[2]
+    ids = examples[2].input_ids.copy()
+    ids[25] += 1
+    after = all_hidden(model, [*examples[:2], Example(ids, ids), *examples[3:]])[2]
+    assert torch.equal(before[:25], after[:25])
+    assert not torch.equal(before[25:], after[25:])
+
+
+def test_nothing_quadratic_in_the_packed_length_is_made(load_tiny):
+    """transformers' own packing by position_ids would build a dense (T, T) mask."""
+    model = load_tiny()
+    batch = collate(random_examples([13] * 60))
+    total = sum(batch.lengths)
+    with Sizes() as seen, torch.no_grad(), packed(model):
+        hidden_states(model, batch)
+    assert seen.largest < total * total
+
+
+def test_the_registered_function_refuses_what_it_would_get_wrong():
+    q = torch.randn(1, 2, 6, 4)
+    for wrong in ({"attention_mask": torch.ones(6, 6)}, {"dropout": 0.1}, {"lengths": (2, 3)}):
+        with pytest.raises(AssertionError):
+            packed_attention(None, q, q, q, **({"attention_mask": None, "lengths": (2, 4)} | wrong))
+
+
+def test_packed_ends_with_the_block(load_tiny):
+    model = load_tiny()
+    with packed(model):
+        assert model.config._attn_implementation == PACKED
+    with pytest.raises(ZeroDivisionError), packed(model):
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradient_checkpointing_gives_the_same_gradients(load_tiny, dropout):
+    """Reentrant checkpointing over a frozen embedding silently gives none; a mask drawn anew gives other ones."""
+    model = load_tiny()
+    inject(model, ["q_proj", "v_proj", "down_proj"], rank=4, alpha=8, dropout=dropout)
+    randomize_lora(model)
+    batch = collate(random_examples(LENGTHS))
+    found = []
+    for checkpointing in (False, True):
+        each = copy.deepcopy(model)
+        if checkpointing:
+            each.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        with packed(each.train()), Sizes() as seen:
+            token_loss(hidden_states(each, batch), head_weight(each), batch.targets).backward()
+        grads = [p.grad for layer in lora_layers(each).values() for p in (layer.lora_A, layer.lora_B)]
+        assert all(grad.abs().max() > 0 for grad in grads)
+        found.append((grads, sum("silu" in name for name, _, _ in seen.made)))
+    (plain, plain_silu), (recomputed, twice_silu) = found
+    assert all(map(torch.equal, plain, recomputed))
+    assert twice_silu > plain_silu  # the layers did run again
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_varlen_on_cuda_equals_sdpa_one_by_one():
+    """bf16 outputs and gradients of the varlen path against SDPA of each example; both against fp64."""
+    lengths, heads, kv_heads, size = (64, 1, 200, 33), 8, 2, 64
+    total = sum(lengths)
+    torch.manual_seed(0)
+    shapes = [(1, heads, total, size), (1, kv_heads, total, size), (1, kv_heads, total, size)]
+    draws = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    dy = torch.randn(1, total, heads, size, device="cuda", dtype=torch.bfloat16)
+
+    def one_by_one(q, k, v):
+        parts = zip(*(tensor.split(lengths, 2) for tensor in (q, k, v)), strict=True)
+        outputs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
+        return torch.cat(outputs, 2).transpose(1, 2)
+
+    def results(function, dtype):
+        leaves = [tensor.to(dtype).clone().requires_grad_() for tensor in draws]
+        out = function(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, dy.to(dtype))]
+
+    scaling = size**-0.5
+    exact = results(one_by_one, torch.float64)
+    sdpa = results(one_by_one, torch.bfloat16)
+    ours = results(lambda q, k, v: packed_attention(None, q, k, v, None, scaling, lengths=lengths)[0], torch.bfloat16)
+    for name, truth, theirs, found in zip(("out", "dq", "dk", "dv"), exact, sdpa, ours, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert relative_error(found, truth) <= 1.5 * relative_error(theirs, truth) + 1e-4, name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_packed_bf16_model_on_cuda_equals_each_example_alone(load_tiny):
+    model = load_tiny(torch.bfloat16).cuda()
+    exact = load_tiny(torch.float32).cuda()
+    examples = random_examples(LENGTHS)
+    batch = collate(examples).to(torch.device("cuda"))
+    with torch.no_grad(), packed(model):
+        hidden = model.get_decoder()(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, lengths=batch.lengths, use_cache=False
+        ).last_hidden_state[0]
+    for example, part in zip(examples, hidden.split(batch.lengths), strict=True):
+        ids = torch.from_numpy(np.asarray(example.input_ids)[None, :-1]).long().cuda()
+        with torch.no_grad():
+            alone = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+            truth = exact.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        assert relative_error(part, truth) <= 1.5 * relative_error(alone, truth) + 1e-3

@@ -1,0 +1,702 @@
+"""Whole steps and whole runs: what is trained is the formula, however it is cut, stopped, resumed or disturbed."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomize_lora, relative_error, write_jsonl
+from safetensors.torch import load_file, save_file
+
+from minilora import adapter, checkpoint, loop, lora
+from minilora.data import IGNORE
+from minilora.errors import AdapterError, ConfigError, DivergedError, OutOfMemoryError, StoppedError
+from minilora.lora import lora_layers
+from minilora.model import base_tensors
+from minilora.run import prepare
+from minilora.stopping import StopRequest
+
+pytestmark = pytest.mark.usefixtures("quiet_finish")
+WHOLE_STEP = 10**6  # a token budget that holds a step at once
+
+
+@pytest.fixture
+def start(make_config):
+    """A function: a run of these keys, prepared and not yet begun."""
+    runs = []
+
+    def start(**keys):
+        runs.append(prepare(make_config(**keys), StopRequest()))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.log.close()
+
+
+def again(folder):
+    """Free a run's folder as the end of its process would."""
+    (Path(folder) / ".lock").unlink(missing_ok=True)
+
+
+def trained(model):
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def digest(tensors) -> str:
+    """One number for the bits of named tensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(dict(tensors).items()):
+        found.update(name.encode())
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def first_step(run):
+    """The examples of the run's next step and the number of their supervised tokens."""
+    examples = [run.train_set[i] for i in run.schedule.examples_of(run.state.step)]
+    return examples, sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
+
+
+def gradients_of(run, budget=None):
+    """The gradients of the run's next step, by name."""
+    run.optimizer.zero_grad(set_to_none=True)
+    run.state.max_tokens = budget or run.state.max_tokens
+    loop.gradients(run, *first_step(run))
+    return {name: param.grad.clone() for name, param in trained(run.model).items()}
+
+
+def same_gradients(found, expected, tolerance=1e-5):
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert grad.norm() > 0, name
+        assert relative_error(found[name], grad) < tolerance, name
+
+
+def lines(folder):
+    """metrics.jsonl as (training lines, evaluation lines)."""
+    records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in records if "eval_loss" not in r], [r for r in records if "eval_loss" in r]
+
+
+# ---------------------------------------------------------------------------------------- the gradient of a step
+
+
+def in_groups_of(count):
+    """A cut that puts so many examples into each micro-batch, whatever their lengths."""
+    return lambda lengths, budget: [list(range(len(lengths)))[i : i + count] for i in range(0, len(lengths), count)]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_how_a_step_is_cut_does_not_change_its_gradient(start, method, monkeypatch):
+    """A mean of micro-batch means would weigh short answers more: lengths here are very unequal."""
+    run = start(method=method, per_device_train_batch_size=16, gradient_accumulation_steps=1)
+    randomize_lora(run.model)
+    counts = {len(example.input_ids) for example in first_step(run)[0]}
+    assert max(counts) > 1.5 * min(counts)
+    whole = gradients_of(run, WHOLE_STEP)
+    for budget in (1, 70, 100, 150, 333):
+        same_gradients(gradients_of(run, budget), whole)
+    for count in (1, 2, 4, 8):
+        monkeypatch.setattr(loop, "cut", in_groups_of(count))
+        same_gradients(gradients_of(run), whole)
+
+
+def plain_gradients(oracle, examples, supervised, autocast=False):
+    """Hugging Face's logits of each example alone, their cross entropies summed, divided by the step's tokens."""
+    total = torch.zeros(())
+    for example in examples:
+        ids, labels = (torch.from_numpy(array).long() for array in (example.input_ids, example.labels))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = oracle(input_ids=ids[None]).logits[0].float()
+        total = total + F.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+    (total / supervised).backward()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_gradient_is_that_of_the_plain_formula(start, load_tiny, method, monkeypatch):
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    run = start(method=method, target_modules=targets, lora_r=4)
+    randomize_lora(run.model)
+    found = gradients_of(run)
+
+    oracle = load_tiny()
+    if method == "lora":
+        lora.inject(oracle, targets, rank=4, alpha=32)
+        randomize_lora(oracle)
+        monkeypatch.setattr(lora, "lora_linear", lora.plain_lora_linear)
+    else:
+        oracle.requires_grad_(True)
+    plain_gradients(oracle, *first_step(run))
+    same_gradients(found, {name: param.grad for name, param in trained(oracle).items()})
+
+
+def test_bf16_gradients_are_as_exact_as_the_plain_ones(start, load_tiny, tmp_path, monkeypatch):
+    """Both against the gradient in fp32: the plain path is Hugging Face's logits and loss under autocast."""
+
+    def flat(grads):
+        return torch.cat([grads[name].flatten() for name in sorted(grads)])
+
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        run = start(dtype=dtype, output_dir=str(tmp_path / dtype))
+        randomize_lora(run.model)
+        found[dtype] = gradients_of(run)
+    assert {grad.dtype for grad in found["bfloat16"].values()} == {torch.float32}
+
+    oracle = load_tiny(torch.bfloat16)
+    lora.inject(oracle, run.config.target_modules, run.config.lora_r, run.config.lora_alpha)
+    randomize_lora(oracle)
+    monkeypatch.setattr(lora, "lora_linear", lora.plain_lora_linear)
+    plain_gradients(oracle, *first_step(run), autocast=True)
+    plain = {name: param.grad for name, param in trained(oracle).items()}
+    exact = flat(found["float32"])
+    assert relative_error(flat(found["bfloat16"]), exact) <= 1.5 * relative_error(flat(plain), exact)
+
+
+def test_dropout_is_a_function_of_seed_and_step(start):
+    run = start(lora_dropout=0.3)
+    randomize_lora(run.model)
+    one = gradients_of(run)
+    torch.manual_seed(12345)
+    assert digest(gradients_of(run)) == digest(one)
+    examples, supervised = first_step(run)
+    run.state.step = 1  # the same examples in another step
+    run.optimizer.zero_grad(set_to_none=True)
+    loop.gradients(run, examples, supervised)
+    assert digest({name: param.grad for name, param in trained(run.model).items()}) != digest(one)
+    seeds = {loop.step_seed(seed, step) for seed in range(30) for step in range(30)}
+    assert len(seeds) == 900
+
+
+def test_the_step_clips_to_max_grad_norm(start, monkeypatch):
+    """The gradient that AdamW gets has the norm asked for; the one that is logged is that before clipping."""
+    run = start(max_grad_norm=1e-3)
+    full = torch.stack([grad.norm() for grad in gradients_of(run).values()]).norm()
+    run.optimizer.zero_grad(set_to_none=True)
+    seen = []
+    step = run.optimizer.step
+
+    def watched():
+        seen.append(torch.stack([param.grad.norm() for param in trained(run.model).values()]).norm())
+        step()
+
+    monkeypatch.setattr(run.optimizer, "step", watched)
+    record = loop.train_step(run)
+    assert record["grad_norm"] == pytest.approx(float(full), rel=1e-5)
+    assert float(seen[0]) == pytest.approx(1e-3, rel=1e-3)
+    assert all(param.grad is None for param in run.model.parameters())
+
+
+def test_evaluation_is_the_mean_over_tokens_however_it_is_cut(start, load_tiny):
+    run = start(lora_dropout=0.5)
+    oracle = load_tiny()
+    nats, count = 0.0, 0
+    for example in (run.train_set[i] for i in range(len(run.train_set))):
+        ids, labels = (torch.from_numpy(array).long() for array in (example.input_ids, example.labels))
+        with torch.no_grad():
+            logits = oracle(input_ids=ids[None]).logits[0, :-1]
+        nats += F.cross_entropy(logits, labels[1:], reduction="sum").item()
+        count += int((labels[1:] != IGNORE).sum())
+    for budget in (1, 100, WHOLE_STEP):
+        run.state.max_tokens = budget
+        assert loop.evaluate(run, run.train_set) == pytest.approx(nats / count, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------- a run
+
+
+def test_a_run_lowers_the_loss_and_leaves_its_folder(make_config, tmp_path, tiny_folder):
+    base_file = tiny_folder / "model.safetensors"
+    before = base_file.read_bytes()
+    valid = write_jsonl(tmp_path / "valid.jsonl", 6, seed=9)
+    config = make_config(num_train_epochs=3, eval_file=str(valid), lora_dropout=0.05, save_total_limit=2)
+    summary = loop.train(config)
+    folder = Path(config.output_dir)
+
+    assert summary.last_loss < summary.first_loss - 1
+    assert summary.best_eval_loss == summary.last_eval_loss < summary.first_eval_loss - 1
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} >= {
+        *("config.json", "metrics.jsonl", "summary.json", "adapter", "best", "checkpoints")
+    }
+    assert not list(folder.rglob("*.partial"))
+    assert base_file.read_bytes() == before
+
+    steps, evals = lines(folder)
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    assert [record["step"] for record in evals] == [0, 4, 8, 12]
+    for record in steps:
+        assert set(record) == {
+            *("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens"),
+            *("tokens_per_second", "peak_memory_bytes", "time"),
+        }
+        assert record["epoch"] == record["step"] / 4
+    assert [record["time"] for record in steps] == sorted(record["time"] for record in steps)
+
+    written = json.loads((folder / "summary.json").read_text())
+    assert written == json.loads(json.dumps(dataclasses.asdict(summary)))
+    assert written["stop_reason"] == "completed"
+    for key in ("tokens", "supervised_tokens"):
+        assert written[key] == sum(record[key] for record in steps)
+    assert written["seconds"] == pytest.approx(sum(record["tokens"] / record["tokens_per_second"] for record in steps))
+    assert written["tokens_per_second"] == pytest.approx(written["tokens"] / written["seconds"])
+    assert (written["first_loss"], written["last_loss"]) == (steps[0]["loss"], steps[-1]["loss"])
+    assert (written["first_eval_loss"], written["last_eval_loss"]) == (evals[0]["eval_loss"], evals[-1]["eval_loss"])
+    shapes = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert written["trainable_parameters"] == sum(tensor.numel() for tensor in shapes.values())
+    assert written["verified_max_logit_difference"] <= 1e-5
+
+    for name in ("adapter", "best"):
+        assert {path.name for path in (folder / name).iterdir()} >= {
+            *("adapter_model.safetensors", "adapter_config.json"),
+            *("tokenizer.json", "tokenizer_config.json", "generation_config.json"),
+        }
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step-000012", "step-000008"]
+    described = json.loads((folder / "config.json").read_text())
+    assert described["config"]["lora_alpha"] == 32
+    assert described["versions"]["torch"] == torch.__version__
+    hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (config.train_file, config.eval_file)]
+    assert described["dataset_sha256"] == "".join(hashes)
+    metadata = adapter.read_metadata(folder / "adapter")
+    assert metadata["base_fingerprint"] == described["base_fingerprint"]
+    assert metadata["system_prompt"] == config.system_prompt
+
+
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+def test_the_first_loss_is_the_bases_and_counts_its_tokens(start, load_tiny, train_on_prompt):
+    """Rendered by the tokenizer's own template; supervised are the answers, or everything but the first token."""
+    run = start(train_on_prompt=train_on_prompt)
+    record = loop.train_step(run)
+    rows = [json.loads(line) for line in Path(run.config.train_file).read_text().splitlines()]
+    oracle, tokenizer, nats, supervised, tokens = load_tiny(), run.tokenizer, 0.0, 0, 0
+    for line in run.train_set.lines[run.schedule.examples_of(0)]:
+        row = rows[line - 1]
+        asked = [
+            {"role": "system", "content": run.config.system_prompt},
+            {"role": "user", "content": row["instruction"]},
+        ]
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer(text)["input_ids"]
+        answer = [*tokenizer(row["output"])["input_ids"], tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        trailing = tokenizer("\n")["input_ids"] if train_on_prompt else []
+        ids = torch.tensor(prompt + answer + trailing)
+        start_of_loss = 1 if train_on_prompt else len(prompt)
+        with torch.no_grad():
+            logits = oracle(input_ids=ids[None]).logits[0]
+        nats += F.cross_entropy(logits[start_of_loss - 1 : -1], ids[start_of_loss:], reduction="sum").item()
+        supervised += len(ids) - start_of_loss
+        tokens += len(ids)
+    assert record["supervised_tokens"] == supervised
+    assert record["tokens"] == tokens
+    assert record["loss"] == pytest.approx(nats / supervised, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_is_never_touched(start, dtype):
+    run = start(dtype=dtype, lora_dropout=0.1, weight_decay=0.5)
+    before, adapters = digest(base_tensors(run.model)), digest(trained(run.model))
+    for _ in range(3):
+        loop.train_step(run)
+    assert digest(base_tensors(run.model)) == before
+    assert digest(trained(run.model)) != adapters
+    assert all(param.grad is None for param in run.model.parameters())
+
+
+def test_every_step_has_its_rate_and_its_examples(start, monkeypatch):
+    """The rate in the optimizer is the logged one; after an epoch every example was seen once."""
+    run = start(num_train_epochs=2, warmup_ratio=0.5)
+    used, seen = [], []
+    step = run.optimizer.step
+
+    def watched():
+        used.append({group["lr"] for group in run.optimizer.param_groups})
+        step()
+
+    monkeypatch.setattr(run.optimizer, "step", watched)
+    original = loop.gradients
+    monkeypatch.setattr(
+        loop,
+        "gradients",
+        lambda run, examples, count: (
+            seen.append([e.input_ids.tolist() for e in examples]),
+            original(run, examples, count),
+        )[1],
+    )
+    records = [loop.train_step(run) for _ in range(8)]
+    assert used == [{record["learning_rate"]} for record in records]
+    assert records[3]["learning_rate"] == pytest.approx(run.config.learning_rate)
+    for epoch in (seen[:4], seen[4:]):
+        taken = sorted(ids for step in epoch for ids in step)
+        assert taken == sorted(run.train_set[i].input_ids.tolist() for i in range(len(run.train_set)))
+
+
+def test_looking_does_not_change_what_is_trained(make_config, tmp_path):
+    """Evaluations between the steps draw no dropout and leave the model in training mode."""
+    found = []
+    for eval_steps in (1, 100):
+        config = make_config(
+            lora_dropout=0.2, val_size=0.2, eval_steps=eval_steps, output_dir=str(tmp_path / str(eval_steps))
+        )
+        loop.train(config)
+        found.append((Path(config.output_dir) / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
+def test_method_full_leaves_a_model_that_plain_transformers_loads(make_config):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = make_config(method="full", learning_rate=3e-3)
+    summary = loop.train(config)
+    assert summary.last_loss < summary.first_loss - 0.5
+    folder = Path(config.output_dir)
+    assert not (folder / "adapter").exists()
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    assert theirs.dtype == torch.float32
+    weights = load_file(checkpoint.checkpoint_path(folder, 4) / checkpoint.WEIGHTS)
+    oracle = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32).eval()
+    named = dict(oracle.named_parameters())
+    assert weights.keys() == named.keys()
+    with torch.no_grad():
+        for name, param in named.items():
+            assert not torch.equal(param, weights[name]), name
+            param.copy_(weights[name])
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folder / "model")("red stone 大")["input_ids"]])
+    assert torch.equal(theirs(ids).logits, oracle(ids).logits)
+
+
+def test_a_result_that_is_not_what_was_trained_is_not_called_verified(make_config, monkeypatch):
+    save = adapter.save
+
+    def save_something_else(folder, *args):
+        save(folder, *args)
+        path, metadata = folder / adapter.WEIGHTS, adapter.read_metadata(folder)
+        tensors = load_file(path)
+        name = next(name for name in tensors if "lora_B" in name)
+        save_file(tensors | {name: tensors[name] * 1.5}, path, metadata)
+
+    monkeypatch.setattr(adapter, "save", save_something_else)
+    with pytest.raises(AdapterError, match="logits differ"):
+        loop.train(make_config())
+
+
+def test_early_stopping(make_config, monkeypatch):
+    """Evaluations of 5, 4, 4.5, 4.2: the best was after step 1, two without a new best are after step 3."""
+    losses = iter([5.0, 4.0, 4.5, 4.2])
+    monkeypatch.setattr(loop, "evaluate", lambda run, dataset: next(losses))
+    config = make_config(
+        num_train_epochs=5, val_size=0.1, eval_steps=1, save_steps=1, save_total_limit=0, early_stopping_patience=2
+    )
+    summary = loop.train(config)
+    assert (summary.stop_reason, summary.steps) == ("early stopping", 3)
+    assert (summary.best_eval_loss, summary.last_eval_loss, summary.first_eval_loss) == (4.0, 4.2, 5.0)
+    folder = Path(config.output_dir)
+    for name, step in (("best", 1), ("adapter", 3)):
+        saved = load_file(folder / name / "adapter_model.safetensors")
+        expected = load_file(checkpoint.checkpoint_path(folder, step) / checkpoint.WEIGHTS)
+        assert digest(
+            {key.removeprefix("base_model.model.").removesuffix(".weight"): t for key, t in saved.items()}
+        ) == (digest(expected))
+
+
+# ---------------------------------------------------------------------------------------- stop and resume
+
+SIX_STEPS = {
+    "num_train_epochs": 2,
+    "lora_dropout": 0.1,
+    "val_size": 0.15,
+    "save_steps": 1,
+    "save_total_limit": 0,
+}
+
+
+@pytest.fixture
+def six_steps(make_config, tmp_path):
+    """An uninterrupted run: 17 examples, 3 steps an epoch (the last smaller), 2 epochs, dropout; and its config."""
+    data = write_jsonl(tmp_path / "data.jsonl", 20, seed=4)
+    config = make_config(**SIX_STEPS, train_file=str(data), output_dir=str(tmp_path / "whole"))
+    summary = loop.train(config)
+    assert summary.steps == 6
+    again(config.output_dir)
+    return config
+
+
+def outcome(folder, last=6):
+    """All that a run has learned and said, but for clocks and memory."""
+    folder = Path(folder)
+    clocks = {"seconds", "time", "tokens_per_second", "peak_memory_bytes"}
+    path = checkpoint.checkpoint_path(folder, last)
+    return {
+        "metrics": [{k: v for k, v in r.items() if k not in clocks} for part in lines(folder) for r in part],
+        "state": {k: v for k, v in json.loads((path / checkpoint.STATE).read_text()).items() if k not in clocks},
+        "weights": (path / checkpoint.WEIGHTS).read_bytes(),
+        "moments": (path / checkpoint.MOMENTS).read_bytes(),
+        "adapter": (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
+        "best": (folder / "best" / "adapter_model.safetensors").read_bytes(),
+    }
+
+
+@pytest.mark.parametrize(("stopped_after", "how"), [(2, "auto"), (3, "auto"), (4, "auto"), (3, "path")])
+def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(six_steps, tmp_path, stopped_after, how):
+    other = tmp_path / "resumed"
+    shutil.copytree(six_steps.output_dir, other)
+    for name in ("adapter", "summary.json"):
+        shutil.rmtree(other / name) if (other / name).is_dir() else (other / name).unlink()
+    for path in checkpoint.checkpoints(other):
+        if int(path.name[5:]) > stopped_after:
+            shutil.rmtree(path)
+    torch.manual_seed(stopped_after)
+    resume = "auto" if how == "auto" else str(checkpoint.checkpoint_path(other, stopped_after))
+    loop.train(dataclasses.replace(six_steps, output_dir=str(other), resume=resume))
+    assert outcome(other) == outcome(six_steps.output_dir)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_the_middle_of_a_step_saves_and_the_run_goes_on_exactly(
+    six_steps, tmp_path, monkeypatch, number, code
+):
+    """The signal comes in a micro-batch of step 5; the four steps before it are kept, with no checkpoint due there."""
+    folder = tmp_path / "stopped"
+    config = dataclasses.replace(six_steps, output_dir=str(folder), save_steps=0)
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    real_step, real_loss = loop.train_step, loop.token_loss
+    step = [0]
+
+    def count(run):
+        step[0] = run.state.step
+        return real_step(run)
+
+    def interrupt(*args):
+        if step[0] == 4:
+            os.kill(os.getpid(), number)
+            step[0] = -1
+        return real_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", count)
+        patch.setattr(loop, "token_loss", interrupt)
+        with pytest.raises(StoppedError) as stopped:
+            loop.train(config)
+    assert stopped.value.exit_code == code
+    assert str(folder) in str(stopped.value)
+    assert "--resume" in str(stopped.value)
+    assert {each: signal.getsignal(each) for each in handlers} == handlers
+    found, refused = checkpoint.newest_valid(folder)
+    assert (found, refused) == (checkpoint.checkpoint_path(folder, 4), [])
+    again(folder)
+    loop.train(dataclasses.replace(config, resume="auto"))
+    assert outcome(folder) == outcome(six_steps.output_dir)
+
+
+def test_a_signal_before_the_first_step_is_done_saves_nothing_and_a_new_start_is_whole(
+    six_steps, tmp_path, monkeypatch
+):
+    """The evaluation before the first step once stood twice in metrics.jsonl, from both starts."""
+    folder = tmp_path / "stopped"
+    config = dataclasses.replace(six_steps, output_dir=str(folder), resume="auto")
+    real = loop.train_step
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", lambda run: (os.kill(os.getpid(), signal.SIGTERM), real(run))[1])
+        with pytest.raises(StoppedError):
+            loop.train(config)
+    assert checkpoint.checkpoints(folder) == []
+    again(folder)
+    loop.train(config)
+    assert outcome(folder) == outcome(six_steps.output_dir)
+
+
+def test_method_full_resumes_to_the_bit(make_config, tmp_path):
+    config = make_config(method="full", save_steps=1, save_total_limit=0, output_dir=str(tmp_path / "whole"))
+    loop.train(config)
+    other = tmp_path / "resumed"
+    shutil.copytree(config.output_dir, other)
+    for path in checkpoint.checkpoints(other)[:2]:
+        shutil.rmtree(path)
+    shutil.rmtree(other / "model")
+    again(other)
+    loop.train(dataclasses.replace(config, output_dir=str(other), resume="auto"))
+    for name in ("checkpoints/step-000004/optimizer.safetensors", "model/model.safetensors"):
+        assert (other / name).read_bytes() == (Path(config.output_dir) / name).read_bytes()
+
+
+def test_a_finished_run_can_be_lengthened_in_the_same_process(make_config):
+    """The folder's lock once stayed with the process: a notebook could never go on with its own run."""
+    config = make_config(lr_scheduler_type="constant", warmup_ratio=0.0)
+    loop.train(config)
+    summary = loop.train(dataclasses.replace(config, num_train_epochs=2, resume="auto"))
+    assert summary.steps == 8
+
+
+def test_a_run_that_could_not_start_gives_its_folder_free(make_config):
+    config = make_config(target_modules=("nothing",))
+    with pytest.raises(ConfigError, match="match nothing"):
+        loop.train(config)
+    loop.train(dataclasses.replace(config, target_modules=("q_proj",)))
+
+
+def test_a_run_taken_back_to_an_older_checkpoint_leaves_none_of_the_abandoned_way(six_steps, monkeypatch):
+    """Going back to step 2 with another number of epochs takes another way; step 4 of the first way once stayed in
+    the folder, was taken for the new run's own, and `resume auto` would have gone on from it."""
+    folder = Path(six_steps.output_dir)
+    real = loop.train_step
+
+    def stop_after_four(run):
+        record = real(run)
+        if run.state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+            kept.update({name: param.detach().clone() for name, param in trained(run.model).items()})
+        return record
+
+    kept = {}
+    monkeypatch.setattr(loop, "train_step", stop_after_four)
+    with pytest.raises(StoppedError):
+        loop.train(
+            dataclasses.replace(
+                six_steps, num_train_epochs=8, resume=str(checkpoint.checkpoint_path(folder, 2)), save_steps=1
+            )
+        )
+    newest, _ = checkpoint.newest_valid(folder)
+    assert newest == checkpoint.checkpoint_path(folder, 4)
+    assert digest(load_file(newest / checkpoint.WEIGHTS)) == digest(kept)
+
+
+def test_a_new_token_budget_is_obeyed_by_a_resumed_run(six_steps, start):
+    """The budget in the saved state once went before the flag, which then did nothing."""
+    keys = {**SIX_STEPS, "train_file": six_steps.train_file, "output_dir": six_steps.output_dir, "resume": "auto"}
+    run = start(**keys, max_tokens_per_micro_batch=77)
+    assert run.state.max_tokens == 77
+
+
+# ---------------------------------------------------------------------------------------- when things go wrong
+
+
+def planted(bad_calls, how):
+    """token_loss that is spoilt at these calls (from 1): a NaN loss, an infinite loss, or a NaN gradient only."""
+    real, calls = loop.token_loss, [0]
+
+    def token_loss(hidden, *args):
+        calls[0] += 1
+        nats = real(hidden, *args)
+        if calls[0] not in bad_calls:
+            return nats
+        if how == "nan gradient":
+            return nats + torch.sqrt((hidden * 0).sum())
+        return nats * {"nan loss": math.nan, "infinite loss": math.inf}[how]
+
+    return token_loss
+
+
+@pytest.mark.parametrize("how", ["nan loss", "infinite loss", "nan gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(start, monkeypatch, how):
+    run = start(max_tokens_per_micro_batch=WHOLE_STEP, num_train_epochs=3, weight_decay=0.1)
+    monkeypatch.setattr(loop, "token_loss", planted({2, 3, 5, 6}, how))
+
+    def everything():
+        state = {f"{i}.{k}": v for i, s in enumerate(run.optimizer.state.values()) for k, v in s.items()}
+        return digest(trained(run.model)), digest(state)
+
+    for step in range(1, 8):
+        before = everything()
+        record = loop.train_step(run)
+        bad = step in (2, 3, 5, 6)
+        assert (everything() == before) == bad
+        assert record["step"] == run.state.step == step
+        assert (record["loss"] is None or record["grad_norm"] is None) == bad
+        json.dumps(record, allow_nan=False)
+    assert run.state.skipped_steps == 4
+    assert math.isfinite(run.state.last_loss)
+
+
+@pytest.mark.parametrize("how", ["nan loss", "nan gradient"])
+def test_a_run_goes_on_after_a_skipped_step(make_config, monkeypatch, how):
+    monkeypatch.setattr(loop, "token_loss", planted({1, 3}, how))
+    config = make_config(max_tokens_per_micro_batch=WHOLE_STEP, logging_steps=1)
+    summary = loop.train(config)
+    assert (summary.steps, summary.skipped_steps) == (4, 2)
+    steps, _ = lines(config.output_dir)
+    assert [r["loss"] is None or r["grad_norm"] is None for r in steps] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("first_bad", [1, 3])
+def test_three_such_steps_in_a_row_stop_the_run_at_its_last_good_state(make_config, tmp_path, monkeypatch, first_bad):
+    """The saved state goes on, once the cause is gone, as if nothing had been."""
+    whole = make_config(
+        num_train_epochs=2, max_tokens_per_micro_batch=WHOLE_STEP, lora_dropout=0.1, output_dir=str(tmp_path / "whole")
+    )
+    loop.train(whole)
+    config = dataclasses.replace(whole, output_dir=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "token_loss", planted(range(first_bad, 100), "nan loss"))
+        with pytest.raises(DivergedError) as diverged:
+            loop.train(config)
+    assert diverged.value.exit_code == 3
+    found, _ = checkpoint.newest_valid(Path(config.output_dir))
+    assert found == checkpoint.checkpoint_path(Path(config.output_dir), first_bad - 1)
+    assert str(found) in str(diverged.value)
+    again(config.output_dir)
+    summary = loop.train(dataclasses.replace(config, resume="auto"))
+    assert summary.skipped_steps == 0
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-000008/optimizer.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def out_of_memory_at(bad_calls, error):
+    real, calls = loop.token_loss, [0]
+
+    def token_loss(*args):
+        calls[0] += 1
+        if calls[0] in bad_calls:
+            raise error
+        return real(*args)
+
+    return token_loss
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_out_of_memory_at_any_micro_batch_gives_the_same_adapter(make_config, tmp_path, monkeypatch, k):
+    """The step begins again, from no gradient at all, with half the budget, which stays."""
+    found = {}
+    for name in ("calm", "short"):
+        config = make_config(learning_rate=1e-4, max_tokens_per_micro_batch=200, output_dir=str(tmp_path / name))
+        with monkeypatch.context() as patch:
+            if name == "short":
+                patch.setattr(loop, "token_loss", out_of_memory_at({k}, torch.OutOfMemoryError("planted")))
+            loop.train(config)
+        state = json.loads((checkpoint.checkpoint_path(tmp_path / name, 4) / checkpoint.STATE).read_text())
+        found[name] = state, load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+    assert found["calm"][0]["max_tokens"] == 200
+    assert found["short"][0]["max_tokens"] == 100
+    assert found["short"][0]["tokens"] == found["calm"][0]["tokens"]
+    for name, tensor in found["calm"][1].items():
+        torch.testing.assert_close(found["short"][1][name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), MemoryError(), "the CPU allocator's"])
+def test_when_not_even_one_example_fits_the_run_says_so(start, monkeypatch, error):
+    if isinstance(error, str):
+        with pytest.raises(RuntimeError) as raised:
+            torch.empty(2**60, dtype=torch.uint8)
+        error = raised.value
+    run = start(max_tokens_per_micro_batch=500)
+    longest = max(len(example.input_ids) - 1 for example in first_step(run)[0])
+    monkeypatch.setattr(loop, "token_loss", out_of_memory_at(range(1000), error))
+    with pytest.raises(OutOfMemoryError) as refused:
+        loop.train_step(run)
+    assert refused.value.exit_code == 4
+    assert f"{longest:,} tokens" in str(refused.value)
+    assert "--gradient_checkpointing" in str(refused.value)
+    assert run.state.max_tokens == longest
+
+
+def test_other_errors_are_not_taken_for_out_of_memory(start, monkeypatch):
+    run = start()
+    monkeypatch.setattr(loop, "token_loss", out_of_memory_at({1}, RuntimeError("shapes do not match")))
+    with pytest.raises(RuntimeError, match="shapes"):
+        loop.train_step(run)
+    assert lora_layers(run.model)
