@@ -75,7 +75,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, s
 
 
 class _PackedAttention(torch.autograd.Function):
-    """softmax(scale q k^T) v in blocks of queries, for the CPU; saves its inputs, its output and one number a query.
+    """softmax(scale q k^T) v in blocks of queries, for the CPU; saves its inputs and its output.
 
     query: (heads, T, head_dim), key, value: (kv_heads, T, head_dim) -> (T, heads, head_dim). Scores are computed in
     fp32 from the inputs as they are, probabilities meet the values in the inputs' dtype, as in FlashAttention
@@ -91,28 +91,26 @@ class _PackedAttention(torch.autograd.Function):
         q = query.view(groups, -1, tokens, dim)  # (kv_heads, heads / kv_heads, T, head_dim)
         out = query.new_empty(tokens, heads, dim)
         grouped_out = out.view(tokens, groups, -1, dim).permute(1, 2, 0, 3)
-        log_sum = torch.empty(*q.shape[:3], 1, dtype=wide)
         for block in _blocks(key, value, layout, wide):
-            scores = _scores(q[:, :, block.queries], block, scale)
-            log_sum[:, :, block.queries] = torch.logsumexp(scores, -1, keepdim=True)
-            p = scores.sub_(log_sum[:, :, block.queries]).exp_().to(query.dtype)
+            p = _probabilities(q[:, :, block.queries], block, scale).to(query.dtype)
             grouped_out[:, :, block.queries] = torch.bmm(p.flatten(1, 2), block.value).view(groups, -1, p.shape[2], dim)
-        ctx.save_for_backward(query, key, value, out, log_sum)
+        ctx.save_for_backward(query, key, value, out)
         ctx.layout, ctx.scale = layout, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, log_sum = ctx.saved_tensors
+        query, key, value, out = ctx.saved_tensors
         tokens, dim = query.shape[1:]
-        groups, wide, prefix = len(key), log_sum.dtype, ctx.layout.prefix
+        groups, prefix = len(key), ctx.layout.prefix
+        wide = torch.promote_types(query.dtype, torch.float32)
         q = query.view(groups, -1, tokens, dim)
         dy, y = (tensor.view(tokens, groups, -1, dim).permute(1, 2, 0, 3) for tensor in (grad_outputs[0], out))
         d_query = torch.empty_like(q)
         d_key, d_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         for block in _blocks(key, value, ctx.layout, wide):
             q_block, dy_block = q[:, :, block.queries].flatten(1, 2), dy[:, :, block.queries].flatten(1, 2)
-            p = _scores(q[:, :, block.queries], block, ctx.scale).sub_(log_sum[:, :, block.queries]).exp_()
+            p = _probabilities(q[:, :, block.queries], block, ctx.scale)
             d_v = torch.bmm(p.to(q.dtype).flatten(1, 2).transpose(1, 2), dy_block)
             inner = (dy[:, :, block.queries].to(wide) * y[:, :, block.queries]).sum(-1, keepdim=True)
             d_p = torch.bmm(dy_block.to(wide), block.wide_value).view_as(p)
@@ -160,14 +158,14 @@ def _blocks(key: Tensor, value: Tensor, layout: Layout, wide: torch.dtype) -> It
             yield _Block(slice(start, end), slice(tokens.start, end), sees_prefix, *pieces)
 
 
-def _scores(q: Tensor, block: _Block, scale: float) -> Tensor:
-    """Scaled scores of a block of queries, -inf where a key lies ahead. (kv_heads, heads / kv_heads, queries, keys)"""
+def _probabilities(q: Tensor, block: _Block, scale: float) -> Tensor:
+    """How much each query of a block attends to each key. (kv_heads, heads / kv_heads, queries, keys)"""
     rows = q.shape[2]
     scores = torch.bmm(q.flatten(1, 2).to(block.wide_key.dtype) * scale, block.wide_key)
     scores = scores.view(*q.shape[:3], -1)
     ahead = torch.ones(rows, rows, dtype=torch.bool).triu_(1)
     scores[..., -rows:].masked_fill_(ahead, -torch.inf)
-    return scores
+    return torch.softmax(scores, -1)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:

@@ -42,7 +42,8 @@ class TrainState:
     seconds: float = 0.0  # inside training steps
     skipped_steps: int = 0  # for non-finite loss or gradient
     skipped_in_a_row: int = 0
-    max_tokens: int = 0  # token budget of a micro-batch, lowered by out-of-memory
+    asked_tokens: int = 0  # token budget of a micro-batch as the settings say
+    max_tokens: int = 0  # the one in force: lowered by out-of-memory
     first_loss: float | None = None
     last_loss: float | None = None
     first_eval_loss: float | None = None
@@ -106,12 +107,27 @@ def save(
             "files": {name: dataclasses.asdict(record) for name, record in records.items()},
             **dataclasses.asdict(identity),
         }
-        files.write_file(folder / MANIFEST, files.json_chunks(manifest))
+        files.write_file(folder / MANIFEST, files.json_chunks(manifest | {"sha256": _own_sha256(manifest)}))
     validate(path)
-    for old in checkpoints(run)[keep:] if keep else []:
-        if old != path:
-            files.remove_folder(old)
+    with files.storage_errors(path.parent):
+        for old in checkpoints(run)[keep:] if keep else []:
+            if old != path:
+                files.remove_folder(old)
     return path
+
+
+def _own_sha256(manifest: Mapping[str, Any]) -> str:
+    """The hash a manifest carries of itself: of its canonical JSON without that hash."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def remove_after(run: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: damaged, or of a way that the run is taken back from."""
+    with files.storage_errors(run):
+        for path in checkpoints(run):
+            if int(path.name[5:]) > step:
+                files.remove_folder(path)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -126,6 +142,9 @@ def validate(path: Path) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST)
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(f"{path / MANIFEST}: schema is {manifest.get('schema')!r}, this version reads {SCHEMA}.")
+    as_written = b"".join(files.json_chunks(manifest))
+    if manifest.get("sha256") != _own_sha256(manifest) or (path / MANIFEST).read_bytes() != as_written:
+        raise CheckpointError(f"{path / MANIFEST}: it has changed since it was written (sha256 differs).")
     records = manifest.get("files")
     if not isinstance(records, dict) or set(records) != {WEIGHTS, MOMENTS, STATE}:
         raise CheckpointError(

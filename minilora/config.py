@@ -43,14 +43,14 @@ class TrainConfig:
     # method
     method: Literal["lora", "full"] = _key("lora", "train low-rank adapters, or every weight")
     lora_r: int = _key(8, "rank of the adapters", ge=1, le=4096)
-    lora_alpha: int = _key(32, "numerator of the scale alpha / r", ge=1)
+    lora_alpha: int = _key(32, "numerator of the scale alpha / r", ge=1, le=2**20)
     lora_dropout: float = _key(0.05, "dropout on the input of the low-rank path", ge=0, lt=1)
     target_modules: tuple[str, ...] = _key(TARGET_GROUPS["attn"], "linear layers to adapt: names, or attn | mlp | all")
     use_rslora: bool = _key(False, "scale by alpha / sqrt(r) (arXiv:2312.03732)")
     # optimization
     per_device_train_batch_size: int = _key(4, "examples a device takes per accumulation", ge=1)
     gradient_accumulation_steps: int = _key(8, "accumulations per optimizer step", ge=1)
-    num_train_epochs: float = _key(10.0, "passes over train_file", gt=0)
+    num_train_epochs: float = _key(10.0, "passes over train_file", gt=0, le=1e6)
     max_steps: int = _key(0, "optimizer steps; 0: as many as num_train_epochs needs", ge=0)
     learning_rate: float = _key(1e-4, "peak learning rate", ge=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = _key("cosine", "shape after the warm-up")
@@ -75,7 +75,7 @@ class TrainConfig:
         "auto", "of the base; auto: bfloat16 where the hardware has it"
     )
     device: str = _key("auto", "auto | cpu | cuda | cuda:N")
-    seed: int = _key(42, "of order, initialisation and dropout", ge=0)
+    seed: int = _key(42, "of order, initialisation and dropout", ge=0, le=2**63 - 1)
     # what is said and kept
     logging_steps: int = _key(10, "steps between two lines of the log", ge=1)
     eval_steps: int = _key(0, "steps between two evaluations; 0: at each epoch's end", ge=0)
@@ -110,7 +110,7 @@ def problems(config: TrainConfig) -> list[str]:
         if options and value not in options:
             found.append(f"{name} = {value!r} is not one of {', '.join(options)}.{nearest(str(value), options)}")
         for limit, (words, holds) in BOUNDS.items():
-            if limit in field.metadata and not (math.isfinite(value) and holds(value, field.metadata[limit])):
+            if limit in field.metadata and not (abs(value) < math.inf and holds(value, field.metadata[limit])):
                 found.append(f"{name} = {value} must be {words} {field.metadata[limit]}.")
     if config.eval_file and config.val_size:
         found.append("eval_file and val_size are two ways to evaluate: give one of them.")
@@ -184,7 +184,7 @@ def read_source(source: str) -> dict[str, Any]:
         values = tomllib.loads(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     package = PRESET_DIR.parent  # "@" stands for it in presets, so that the demo runs from any folder
     inside = {k: str(package / v[1:]) for k, v in values.items() if isinstance(v, str) and v.startswith("@")}
@@ -206,10 +206,10 @@ def coerce(name: str, given: Any) -> Any:
         if str(given).lower() in ("true", "false"):
             return str(given).lower() == "true"
         raise ValueError("is not true or false")
-    if hint in (int, float) and not isinstance(given, bool):
+    if hint in (int, float):
         try:
             number = hint(given)
-            if number == given or isinstance(given, str):
+            if not isinstance(given, bool) and (number == given or isinstance(given, str)):
                 return number
         except (TypeError, ValueError, OverflowError):
             pass

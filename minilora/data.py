@@ -351,9 +351,9 @@ class ChatMarkup:
         """What the assistant says; for Qwen3 with the reasoning dropped or set off as its template does."""
         if not self.thinks:
             return [Piece(text=content, supervised=True)]
-        reasoning, closed, answer = content.rpartition("</think>")
-        reasoning = reasoning.rpartition("<think>")[2].strip("\n")
-        answer = answer.lstrip("\n") if closed else content
+        reasoning, closed, _ = content.partition("</think>")
+        reasoning = reasoning.rpartition("<think>")[2].strip("\n") if closed else ""
+        answer = content.rpartition("</think>")[2].lstrip("\n") if closed else content
         if not after_last_user or not (last or reasoning):
             return [Piece(text=answer, supervised=True)]
         begin, end = ([i] for i in self.think)
@@ -390,15 +390,14 @@ def tokenize(
     for row, (ids, supervised) in zip(rows, _render_in_chunks(rows, markup, system_prompt), strict=True):
         if train_on_prompt:
             supervised = np.ones_like(supervised)
-        wanted = np.flatnonzero(supervised)
-        ids, supervised = ids[: wanted[-1] + 1], supervised[: wanted[-1] + 1]
+        ids, supervised = _up_to_last_supervised(ids, supervised)
         if len(ids) > max_length:
             overlong_lines.append(f"{report.file}:{row.line}: {len(ids):,} tokens, more than max_length {max_length:,}")
             if overlong == "drop":
                 report.dropped_overlong += 1
                 continue
             report.truncated += 1
-            ids, supervised = ids[:max_length], supervised[:max_length]
+            ids, supervised = _up_to_last_supervised(ids[:max_length], supervised[:max_length])
         if not supervised[1:].any():  # the first token has nothing to be predicted from
             report.dropped_unsupervised += 1
             continue
@@ -416,6 +415,11 @@ def tokenize(
     p50, p95, top = np.percentile(dataset.lengths, [50, 95, 100], method="higher")
     report.lengths = {"p50": int(p50), "p95": int(p95), "max": int(top)}
     return dataset
+
+
+def _up_to_last_supervised(ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    end = 1 + int(np.max(np.flatnonzero(supervised), initial=-1))
+    return ids[:end], supervised[:end]
 
 
 def _render_in_chunks(

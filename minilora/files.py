@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +68,13 @@ def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord
     """Write a file aside and move it into place: readers meet the old content or the new, never a part."""
     aside = path.with_name(f".{path.name}.partial")
     with storage_errors(path):
-        record = write_file(aside, chunks)
-        os.replace(aside, path)
+        try:
+            record = write_file(aside, chunks)
+            os.replace(aside, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(aside)
+            raise
         sync_folder(path.parent)
     return record
 
@@ -94,12 +99,27 @@ def new_folder(path: Path) -> Iterator[Path]:
         try:
             yield aside
             sync_folder(aside)
-            remove_folder(path)
-            os.rename(aside, path)
+            _exchange(aside, path)
             sync_folder(path.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put a folder in the place of another, which comes back should that fail."""
+    if not path.is_dir():
+        os.rename(new, path)
+        return
+    old = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:

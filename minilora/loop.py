@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,20 @@ from minilora.batching import collate, cut
 from minilora.config import TrainConfig
 from minilora.data import IGNORE, Dataset, Example
 from minilora.errors import StoppedError
+from minilora.finish import Summary, finish
 from minilora.loss import token_loss
-from minilora.memory import free_cached, is_out_of_memory, peak_memory_bytes
+from minilora.memory import free_cached, is_out_of_memory
 from minilora.model import head_weight, hidden_states, packed
 from minilora.optim import learning_rate
-from minilora.run import Run, Summary, finish, prepare, record_evaluation, save_checkpoint, shrink_budget, skip
+from minilora.record import record_evaluation, record_step, save_checkpoint, shrink_budget, skip
+from minilora.run import Run, prepare
 from minilora.stopping import StopRequest
 
 
 def train(config: TrainConfig) -> Summary:
     """A whole run, from the JSONL file to the verified adapter."""
-    with StopRequest() as stop:
-        run = prepare(config, stop)
+    with StopRequest() as stop, ExitStack() as held:
+        run = prepare(config, stop, held)
         state, schedule = run.state, run.schedule
         try:
             while True:
@@ -38,8 +41,6 @@ def train(config: TrainConfig) -> Summary:
                 saved = save_checkpoint(run)
                 error.args = (f"{error}; saved {saved}. Go on with: python train.py --resume {run.folder}",)
             raise
-        finally:
-            run.log.close()
 
 
 def evaluate_and_save(run: Run) -> None:
@@ -81,25 +82,7 @@ def train_step(run: Run) -> dict[str, Any]:
         skip(run, indices, loss, grad_norm)
     run.optimizer.zero_grad(set_to_none=True)
 
-    seconds = time.perf_counter() - started
-    state.step += 1
-    state.tokens += tokens
-    state.supervised_tokens += supervised
-    state.seconds += seconds
-    state.last_loss = loss if math.isfinite(loss) else state.last_loss
-    state.first_loss = state.last_loss if state.first_loss is None else state.first_loss
-    return {
-        "step": state.step,
-        "epoch": state.step / run.schedule.steps_per_epoch,
-        "loss": loss if math.isfinite(loss) else None,
-        "learning_rate": rate,
-        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_bytes": peak_memory_bytes(run.device),
-        "time": time.time(),
-    }
+    return record_step(run, loss, grad_norm, rate, tokens, supervised, time.perf_counter() - started)
 
 
 def gradients(run: Run, examples: list[Example], supervised: int) -> Tensor:

@@ -135,7 +135,7 @@ def draw_dropped(x: Tensor, dropout: float) -> Tensor:
 
 def zeroed(x: Tensor, dropped: Tensor | None) -> Tensor:
     """A copy of x without the dropped elements (x itself when there are none)."""
-    return x if dropped is None else zero_(x.clone(), dropped)
+    return x if dropped is None else zero_(x.clone(memory_format=torch.contiguous_format), dropped)
 
 
 def zero_(x: Tensor, dropped: Tensor) -> Tensor:

@@ -26,13 +26,13 @@ def token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int 
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_rows)
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_rows, torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, training: bool) -> Tensor:
+        needs_hidden, needs_weight = (needed and training for needed in ctx.needs_input_grad[:2])
         head = weight.to(hidden.dtype)
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         nats = torch.zeros((), dtype=accumulate, device=hidden.device)
@@ -67,6 +67,5 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype),
             None if d_weight is None else d_weight * scale.to(d_weight.dtype),
-            None,
-            None,
+            *(None, None, None),
         )

@@ -4,7 +4,7 @@ import fcntl
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from minilora import checkpoint, files
 from minilora.config import TrainConfig
@@ -84,8 +84,10 @@ class RunLock:
             os.ftruncate(self._descriptor, 0)
             os.write(self._descriptor, f"{os.getpid()}\n".encode())
 
-    def release(self) -> None:
-        """Give the folder free."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
 

@@ -35,11 +35,11 @@ def say(label: str, text: str) -> None:
 class RunLog:
     """Prints progress and appends to metrics.jsonl: one JSON object a line, every step and every evaluation."""
 
-    def __init__(self, run: Path, first_step: int, num_steps: int, logging_steps: int) -> None:
+    def __init__(self, run: Path, first_step: int, kept_step: int, num_steps: int, logging_steps: int) -> None:
         self._path = run / METRICS
         self._num_steps = num_steps
         self._logging_steps = logging_steps
-        self._trim(first_step)
+        self._trim(kept_step)
         with files.storage_errors(self._path):
             self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
         terminal = sys.stderr.isatty()
@@ -64,7 +64,8 @@ class RunLog:
         """A training step is done."""
         self._write(record)
         line = (
-            f"loss {record['loss']:.4f}  lr {record['learning_rate']:.2e}  grad {record['grad_norm']:.3f}  "
+            f"loss {_number(record['loss'], '.4f')}  lr {record['learning_rate']:.2e}  "
+            f"grad {_number(record['grad_norm'], '.3f')}  "
             f"{record['tokens_per_second']:,.0f} tok/s  peak {gib(record['peak_memory_bytes'])}"
         )
         step = record["step"]
@@ -78,8 +79,15 @@ class RunLog:
     def evaluation(self, record: dict[str, Any], best: float | None) -> None:
         """An evaluation is done; best is that of the evaluations before."""
         self._write(record)
-        change = "" if best is None else f"  ({record['eval_loss'] - best:+.4f} against the best)"
-        say("evaluation", f"step {record['step']}: held-out loss {record['eval_loss']:.4f} nats per token{change}")
+        change = (
+            ""
+            if best is None or record["eval_loss"] is None
+            else f"  ({record['eval_loss'] - best:+.4f} against the best)"
+        )
+        say(
+            "evaluation",
+            f"step {record['step']}: held-out loss {_number(record['eval_loss'], '.4f')} nats per token{change}",
+        )
 
     def note(self, text: str) -> None:
         """Something out of the ordinary."""
@@ -94,6 +102,10 @@ class RunLog:
         """The run is over, or stops here."""
         self._bar.close()
         self._file.close()
+
+
+def _number(value: float | None, shape: str) -> str:
+    return "not finite" if value is None else format(value, shape)
 
 
 def describe_data(report: DataReport) -> Iterable[str]:

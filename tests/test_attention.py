@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Sizes, random_examples, randomize_lora, relative_error
 
-from minilora.attention import PACKED, packed_attention
+from minilora.attention import PACKED, Layout, packed_attention
 from minilora.batching import collate
 from minilora.data import Example
 from minilora.lora import inject, lora_layers
@@ -23,9 +23,9 @@ def all_hidden(model, examples):
     batch = collate(examples)
     with torch.no_grad(), packed(model):
         hidden = model.get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, lengths=batch.lengths, use_cache=False
+            input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
         ).last_hidden_state[0]
-    return hidden.split(batch.lengths)
+    return hidden.split(batch.layout.lengths)
 
 
 def test_packed_logits_are_those_of_each_example_alone(load_tiny):
@@ -77,7 +77,7 @@ def test_nothing_quadratic_in_the_packed_length_is_made(load_tiny):
     """transformers' own packing by position_ids would build a dense (T, T) mask."""
     model = load_tiny()
     batch = collate(random_examples([13] * 60))
-    total = sum(batch.lengths)
+    total = sum(batch.layout.lengths)
     with Sizes() as seen, torch.no_grad(), packed(model):
         hidden_states(model, batch)
     assert seen.largest < total * total
@@ -85,9 +85,9 @@ def test_nothing_quadratic_in_the_packed_length_is_made(load_tiny):
 
 def test_the_registered_function_refuses_what_it_would_get_wrong():
     q = torch.randn(1, 2, 6, 4)
-    for wrong in ({"attention_mask": torch.ones(6, 6)}, {"dropout": 0.1}, {"lengths": (2, 3)}):
+    for wrong in ({"attention_mask": torch.ones(6, 6)}, {"dropout": 0.1}, {"layout": None}):
         with pytest.raises(AssertionError):
-            packed_attention(None, q, q, q, **({"attention_mask": None, "lengths": (2, 4)} | wrong))
+            packed_attention(None, q, q, q, **({"attention_mask": None, "layout": Layout((2, 4))} | wrong))
 
 
 def test_packed_ends_with_the_block(load_tiny):
@@ -146,7 +146,9 @@ def test_varlen_on_cuda_equals_sdpa_one_by_one():
     scaling = size**-0.5
     exact = results(one_by_one, torch.float64)
     sdpa = results(one_by_one, torch.bfloat16)
-    ours = results(lambda q, k, v: packed_attention(None, q, k, v, None, scaling, lengths=lengths)[0], torch.bfloat16)
+    ours = results(
+        lambda q, k, v: packed_attention(None, q, k, v, None, scaling, layout=Layout(lengths))[0], torch.bfloat16
+    )
     for name, truth, theirs, found in zip(("out", "dq", "dk", "dv"), exact, sdpa, ours, strict=True):
         assert found.dtype == torch.bfloat16
         assert relative_error(found, truth) <= 1.5 * relative_error(theirs, truth) + 1e-4, name
@@ -161,9 +163,9 @@ def test_a_packed_bf16_model_on_cuda_equals_each_example_alone(load_tiny):
     batch = collate(examples).to(torch.device("cuda"))
     with torch.no_grad(), packed(model):
         hidden = model.get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, lengths=batch.lengths, use_cache=False
+            input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
         ).last_hidden_state[0]
-    for example, part in zip(examples, hidden.split(batch.lengths), strict=True):
+    for example, part in zip(examples, hidden.split(batch.layout.lengths), strict=True):
         ids = torch.from_numpy(np.asarray(example.input_ids)[None, :-1]).long().cuda()
         with torch.no_grad():
             alone = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]

@@ -24,7 +24,7 @@ def test_collate_shifts_by_one_within_each_example():
     """Read off the batch by the definition: at each row the token that follows in the row's own example."""
     examples = random_examples([5, 2, 9, 12])
     batch = collate(examples)
-    assert batch.lengths == (4, 1, 8, 11)
+    assert batch.layout == ((4, 1, 8, 11), 0)
     assert batch.input_ids.shape == batch.position_ids.shape == (1, 24)
     assert {batch.input_ids.dtype, batch.position_ids.dtype, batch.rows.dtype, batch.targets.dtype} == {torch.int64}
     expected, start = [], 0
@@ -51,7 +51,7 @@ def test_the_first_token_is_never_a_target_even_when_supervised():
 def test_a_batch_moves_as_a_whole():
     batch = collate(random_examples([4, 6]))
     moved = batch.to(torch.device("meta"))
-    assert moved.lengths == batch.lengths
+    assert moved.layout == batch.layout
     for name in ("input_ids", "position_ids", "rows", "targets"):
         assert getattr(moved, name).is_meta
         assert getattr(moved, name).shape == getattr(batch, name).shape

@@ -448,14 +448,14 @@ def test_a_second_writer_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path)
             RunLock(tmp_path / "run")
         assert f"process {owner}" in str(error.value)
         assert str(tmp_path / "run") in str(error.value)
-        RunLock(tmp_path / "another").release()
+        with RunLock(tmp_path / "another"):
+            pass
     finally:
         holder.kill()  # kill -9: it has no chance to clean up
         holder.wait()
         holder.stdout.close()
     assert (tmp_path / "run" / ".lock").exists()
-    lock = RunLock(tmp_path / "run")
-    with pytest.raises(ConfigError, match=f"process {os.getpid()}"):
+    with RunLock(tmp_path / "run"), pytest.raises(ConfigError, match=f"process {os.getpid()}"):
         RunLock(tmp_path / "run")
-    lock.release()
-    RunLock(tmp_path / "run").release()
+    with RunLock(tmp_path / "run"):
+        pass

@@ -14,9 +14,9 @@ import minilora
 PACKAGE = Path(minilora.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [  # a room imports only rooms before it
-    *("errors", "config", "data", "batching", "attention", "model", "fast", "lora", "loss", "optim", "files"),
+    *("errors", "config", "data", "attention", "batching", "model", "fast", "lora", "loss", "optim", "files"),
     *("memory", "checkpoint", "adapter", "generate", "output", "merge", "rundir", "stopping", "runlog", "run"),
-    *("loop", "cli"),
+    *("record", "finish", "loop", "cli"),
 ]
 OPENERS = ["__init__", "__main__"]  # the version, and the door
 SCRIPTS = {"demo/build.py", "demo/corpus.py"}  # made the demo's files; no room imports them

@@ -1,0 +1,103 @@
+"""The end of a run: its result saved, loaded from the disk into a fresh base, compared, heard, and summed up."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from minilora import files, output, runlog
+from minilora.generate import Speaker, probe_logits
+from minilora.memory import gib, peak_memory_bytes
+from minilora.record import save_result
+from minilora.run import Run, parameter_counts
+from minilora.runlog import say
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json: the totals of a run."""
+
+    steps: int
+    stop_reason: str
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    parameters: int
+    skipped_steps: int
+    first_loss: float | None
+    last_loss: float | None
+    first_eval_loss: float | None
+    last_eval_loss: float | None
+    best_eval_loss: float | None
+    verified_max_logit_difference: float
+    result: str
+    answers: list[dict[str, str]]
+
+
+def finish(run: Run, stop_reason: str) -> Summary:
+    """Save the result, load it from the disk into a fresh model, compare, let it speak; write summary.json."""
+    state, method = run.state, run.config.method
+    result = run.folder / ("adapter" if method == "lora" else "model")
+    trained, total = parameter_counts(run.model)
+    peak = peak_memory_bytes(run.device)
+    save_result(run, result)
+    ids = output.probe(run.markup, run.config.system_prompt)
+    live = run.model.to(run.dtype) if method == "full" else run.model
+    reference = probe_logits(live, ids)
+    del live
+    run.release()  # the card may not hold two bases
+    base, apply = output.reload(run.base_folder, result, method, run.dtype, run.device)
+    before = output.sample_answers(Speaker(base, run.tokenizer, run.markup, run.config.system_prompt))
+    tuned = apply()
+    difference = output.compare(reference, tuned, ids, result)
+    after = output.sample_answers(Speaker(tuned, run.tokenizer, run.markup, run.config.system_prompt))
+    summary = Summary(
+        steps=state.step,
+        stop_reason=stop_reason,
+        tokens=state.tokens,
+        supervised_tokens=state.supervised_tokens,
+        seconds=state.seconds,
+        tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
+        peak_memory_bytes=peak,
+        trainable_parameters=trained,
+        parameters=total,
+        skipped_steps=state.skipped_steps,
+        first_loss=state.first_loss,
+        last_loss=state.last_loss,
+        first_eval_loss=state.first_eval_loss,
+        last_eval_loss=state.last_eval_loss,
+        best_eval_loss=state.best_eval_loss,
+        verified_max_logit_difference=difference,
+        result=result.name,
+        answers=[
+            {"prompt": prompt, "base": old, "tuned": new}
+            for prompt, old, new in zip(output.SAMPLE_PROMPTS, before, after, strict=True)
+        ],
+    )
+    files.replace_file(run.folder / runlog.SUMMARY, files.json_chunks(dataclasses.asdict(summary)))
+    _report(run, summary)
+    return summary
+
+
+def _report(run: Run, summary: Summary) -> None:
+    for sample in summary.answers:
+        say("asked", sample["prompt"].replace("\n", " "))
+        say("  base", sample["base"].replace("\n", " "))
+        say("  tuned", sample["tuned"].replace("\n", " "))
+    result = run.folder / summary.result
+    say("done", f"{summary.stop_reason} after {summary.steps:,} steps, {summary.seconds:.1f} s in training steps")
+    say("speed", f"{summary.tokens_per_second:,.0f} tokens/s over {summary.tokens:,} real tokens")
+    if summary.first_loss is not None and summary.last_loss is not None:
+        say("loss", f"{summary.first_loss:.4f} -> {summary.last_loss:.4f} nats per supervised token")
+    if summary.first_eval_loss is not None and summary.last_eval_loss is not None:
+        say(
+            "held-out",
+            f"{summary.first_eval_loss:.4f} -> {summary.last_eval_loss:.4f} (best {summary.best_eval_loss:.4f})",
+        )
+    say("memory", f"{gib(summary.peak_memory_bytes)} at the peak")
+    difference = summary.verified_max_logit_difference
+    say("verified", f"{result}: loaded from the disk into a fresh base, largest logit difference {difference:.3g}")
+    which = f"--adapter {result}" if summary.result == "adapter" else f"--model {result}"
+    say("next", f"python -m minilora chat {which}")
+    say("", f'python -m minilora generate {which} "{output.SAMPLE_PROMPTS[0]}"')
