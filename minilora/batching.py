@@ -95,7 +95,7 @@ def cut(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the examples in an epoch: a pure function of (seed, epoch). (num_examples,)"""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_examples)
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
 @dataclass(frozen=True)
