@@ -52,6 +52,7 @@ class Injector:
         self._inside = str(inside) if inside else ""
         self._descriptors: dict[int, str] = {}
         self.spares: dict[str, int] = {}  # written and not yet forced: path -> a descriptor that outlives renames
+        self.written: dict[str, int] = {}  # all files made, with their number
         self.renames: list[tuple[str, str]] = []  # made and not yet forced
 
     def stand(self):
@@ -91,6 +92,7 @@ class Injector:
             self._descriptors[result] = os.fspath(args[0])
             if args[1] & os.O_CREAT:
                 self.spares[os.fspath(args[0])] = os.dup(result)
+                self.written[os.fspath(args[0])] = len(self.written)
         elif name == "fsync":
             path = self._descriptors.get(args[0], "")
             if path in self.spares:
@@ -137,9 +139,11 @@ def kill_self(number):
 
 
 def fail_with(code: int):
-    """The call reports an error; a write has then written a part, a close has closed."""
+    """The call reports an error; a write has then written a part, a close has closed (and lies only of what was written)."""
 
     def strike(injector, name, args, real):
+        if name == "close" and injector._descriptors.get(args[0]) not in injector.written:
+            return real()
         if name == "write" and len(args[1]) > 1:
             REAL_OS["write"](args[0], bytes(args[1])[: len(args[1]) // 2])
         if name == "close":

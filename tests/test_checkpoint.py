@@ -183,7 +183,7 @@ def test_truncated_missing_and_foreign_files_are_found(tmp_path, name):
     path = Trained(1).save(tmp_path)
     file = path / name
     whole = file.read_bytes()
-    for content in (b"", whole[:-1], whole + b"\n{}", b"null", b"[" * 10**5, b"\xff"):
+    for content in (b"", whole[:-2], whole + b"\n{}", b"null", b"[" * 10**5, b"\xff"):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=name):
             validate(path)
