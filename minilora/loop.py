@@ -23,6 +23,9 @@ from minilora.run import Run, prepare
 from minilora.stopping import StopRequest
 
 
+EVAL_GROUP = 256  # examples cut into micro-batches together: as many as that pack well
+
+
 def train(config: TrainConfig) -> Summary:
     """A whole run, from the JSONL file to the verified adapter."""
     with StopRequest() as stop, ExitStack() as held:
@@ -124,10 +127,11 @@ def evaluate(run: Run, dataset: Dataset) -> float:
     total = torch.zeros((), device=run.device, dtype=torch.float64)
     supervised = 0
     with packed(run.model.eval()):
-        for part in cut(dataset.lengths - 1, run.state.max_tokens):
-            batch = collate([dataset[i] for i in part], run.share_prefix).to(run.device)
-            with run.autocast():
-                total += token_loss(hidden_states(run.model, batch), head_weight(run.model), batch.targets)
-            supervised += len(batch.targets)
-            run.stop.check()
+        for start in range(0, len(dataset), EVAL_GROUP):
+            for part in cut(dataset.lengths[start : start + EVAL_GROUP] - 1, run.state.max_tokens):
+                batch = collate([dataset[start + i] for i in part], run.share_prefix).to(run.device)
+                with run.autocast():
+                    total += token_loss(hidden_states(run.model, batch), head_weight(run.model), batch.targets)
+                supervised += len(batch.targets)
+                run.stop.check()
     return total.item() / supervised

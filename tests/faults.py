@@ -41,7 +41,7 @@ EXIT_CRASHED = 77
 
 
 class Injector:
-    """While it stands, every file operation made through Python's `os` and `open` is counted; at the n-th `strike` acts.
+    """While it stands, every file operation through Python's `os` and `open` is counted; at the n-th `strike` acts.
 
     Meant for forked children: it changes the module `os` itself, so that shutil and pathlib are seen too.
     strike(name, args, real) may raise, end the process, or make the call in another way; n = 0 only counts.
@@ -50,10 +50,11 @@ class Injector:
     def __init__(self, n: int, strike, inside: Path | None = None):
         self.n, self.strike, self.seen, self.hit = n, strike, 0, ""
         self._inside = str(inside) if inside else ""
+        self._busy = False
         self._descriptors: dict[int, str] = {}
         self.spares: dict[str, int] = {}  # written and not yet forced: path -> a descriptor that outlives renames
         self.written: dict[str, int] = {}  # all files made, with their number
-        self.renames: list[tuple[str, str]] = []  # made and not yet forced
+        self.renames: list[tuple[str, str, bytes | None]] = []  # made and not yet forced
 
     def stand(self):
         for name in OPERATIONS:
@@ -75,19 +76,24 @@ class Injector:
 
     def _counted(self, name, real):
         def call(*args, **kwargs):
-            if kwargs.get("dir_fd") is None and not self._concerns(args):
+            if self._busy or (kwargs.get("dir_fd") is None and not self._concerns(args)):
                 return real(*args, **kwargs)
             self.seen += 1
             if self.seen == self.n:
                 self.hit = f"{name} {args[0]}"
                 return self.strike(self, name, args, lambda: real(*args, **kwargs))
-            result = real(*args, **kwargs)
-            self._remember(name, args, result)
-            return result
+            return self.perform(name, args, lambda: real(*args, **kwargs))
 
         return call
 
-    def _remember(self, name, args, result) -> None:
+    def perform(self, name, args, real):
+        """Make the call, and remember what a loss of power would undo."""
+        replaced = None
+        if name in ("rename", "replace") and REAL_OS["path"].isfile(args[1]):
+            self._busy = True  # this reading is none of the program's
+            replaced = Path(args[1]).read_bytes()
+            self._busy = False
+        result = real()
         if name == "open" and isinstance(result, int):
             self._descriptors[result] = os.fspath(args[0])
             if args[1] & os.O_CREAT:
@@ -97,19 +103,22 @@ class Injector:
             path = self._descriptors.get(args[0], "")
             if path in self.spares:
                 REAL_OS["close"](self.spares.pop(path))
-            self.renames = [(a, b) for a, b in self.renames if os.path.dirname(b) != path]
+            self.renames = [rename for rename in self.renames if os.path.dirname(rename[1]) != path]
         elif name in ("rename", "replace"):
-            self.renames.append((os.fspath(args[0]), os.fspath(args[1])))
+            self.renames.append((os.fspath(args[0]), os.fspath(args[1]), replaced))
         elif name == "close":
             self._descriptors.pop(args[0], None)
+        return result
 
     def lose_power(self) -> None:
         """What was never forced to the disk is gone: files are empty, renames are undone."""
         for descriptor in self.spares.values():
             REAL_OS["ftruncate"](descriptor, 0)
-        for before, after in reversed(self.renames):
+        for before, after, replaced in reversed(self.renames):
             if os.path.lexists(after) and not os.path.lexists(before):
                 REAL_OS["rename"](after, before)
+                if replaced is not None:
+                    Path(after).write_bytes(replaced)
 
 
 def crash(injector, name, args, real):
@@ -121,7 +130,7 @@ def crash(injector, name, args, real):
 
 def power_loss(injector, name, args, real):
     """The machine goes dark after the call: all that was not forced is lost."""
-    injector._remember(name, args, real())
+    injector.perform(name, args, real)
     injector.fall()
     injector.lose_power()
     os._exit(EXIT_CRASHED)
@@ -139,7 +148,7 @@ def kill_self(number):
 
 
 def fail_with(code: int):
-    """The call reports an error; a write has then written a part, a close has closed (and lies only of what was written)."""
+    """The call reports an error. A write has then written a part, a close has closed (one of a file just written)."""
 
     def strike(injector, name, args, real):
         if name == "close" and injector._descriptors.get(args[0]) not in injector.written:
@@ -200,6 +209,7 @@ class ForkServer:
         signal, after_s: this signal after so many seconds, again_s: and once more so long after
         signal, at_call: this signal at the n-th file operation inside the folder `inside`; at_call = 0 only counts
         threads, plain_root: threads of torch; without root's right to pass over permissions
+        full: this file, when it is written, is on a full disk
         Returns code (negative: died by that signal), seconds, to_exit_s (from the signal to the exit, None when the
         process had ended before), calls (file operations inside `inside`).
         """
@@ -318,6 +328,8 @@ def _child(request: dict) -> None:
         torch.set_num_threads(request.get("threads", 1))
         if request.get("plain_root"):
             give_up_overriding_permissions()
+        if "full" in request:
+            fill(request["full"])
         injector = None
         if "at_call" in request:
             os.environ["MINILORA_SENT"] = request["log"] + ".sent"
@@ -336,6 +348,16 @@ def _child(request: dict) -> None:
         traceback.print_exc()
         sys.stderr.flush()
     os._exit(code)
+
+
+def fill(path: str) -> None:
+    """Opened for writing, this file is one on a full disk."""
+    real = builtins.open
+
+    def opened(file, mode="r", *args, **kwargs):
+        return real("/dev/full" if os.fspath(file) == path and mode != "r" else file, mode, *args, **kwargs)
+
+    builtins.open = opened
 
 
 def give_up_overriding_permissions() -> None:
@@ -358,7 +380,7 @@ def give_up_overriding_permissions() -> None:
 
 
 class Watched:
-    """Which files of some folders were opened or changed, by whatever library (inotify); the folders are watched flat."""
+    """Which files of some folders (not of those in them) were opened or changed, by whatever library (inotify)."""
 
     OPEN_OR_CHANGE = 0x20 | 0x2 | 0x100 | 0x200 | 0x40 | 0x80  # open, modify, create, delete, moved from, moved to
 

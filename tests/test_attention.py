@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from conftest import Sizes, random_examples, randomize_lora, relative_error
 
-from minilora.attention import PACKED, Layout, packed_attention
+from minilora.attention import PACKED, Layout, packed_attention, plain_attention
 from minilora.batching import collate
-from minilora.data import Example
+from minilora.data import IGNORE, Example
 from minilora.lora import inject, lora_layers
 from minilora.loss import token_loss
 from minilora.model import head_weight, hidden_states, packed
@@ -171,3 +171,78 @@ def test_a_packed_bf16_model_on_cuda_equals_each_example_alone(load_tiny):
             alone = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
             truth = exact.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
         assert relative_error(part, truth) <= 1.5 * relative_error(alone, truth) + 1e-3
+
+
+# ---------------------------------------------------------------------------------------- the CPU's own attention
+
+
+def qkv(total, dtype=torch.float64, heads=4, kv_heads=2, size=8):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, total, size), (1, kv_heads, total, size), (1, kv_heads, total, size)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def attention_results(function, operands, dy):
+    leaves = [tensor.clone().requires_grad_() for tensor in operands]
+    out = function(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, dy.to(out.dtype))]
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 70])
+@pytest.mark.parametrize("lengths", [(1,), (5, 1, 9), (64, 130, 3), (65, 200)])
+def test_blocks_of_queries_are_one_masked_softmax(lengths, prefix):
+    """Forward and all gradients against SDPA with a mask, in fp64; examples and prefix longer than a block too."""
+    layout = Layout(lengths, prefix)
+    operands = qkv(prefix + sum(lengths))
+    dy = torch.randn(1, prefix + sum(lengths), 4, 8, dtype=torch.float64)
+    exact = attention_results(lambda q, k, v: plain_attention(q, k, v, layout, 0.3), operands, dy)
+    ours = attention_results(lambda q, k, v: packed_attention(None, q, k, v, None, 0.3, layout=layout)[0], operands, dy)
+    for theirs, found in zip(exact, ours, strict=True):
+        torch.testing.assert_close(found, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_blocks_in_bf16_are_as_exact_as_sdpa(prefix):
+    layout = Layout((70, 33, 100), prefix)
+    total = prefix + sum(layout.lengths)
+    operands, dy = qkv(total, torch.bfloat16), torch.randn(1, total, 4, 8).bfloat16()
+
+    def plain(q, k, v):
+        return plain_attention(q, k, v, layout, 0.3)
+
+    exact = attention_results(plain, [tensor.double() for tensor in operands], dy)
+    sdpa = attention_results(plain, operands, dy)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attention_results(
+            lambda q, k, v: packed_attention(None, q, k, v, None, 0.3, layout=layout)[0], operands, dy
+        )
+    for name, truth, theirs, found in zip(("out", "dq", "dk", "dv"), exact, sdpa, ours, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert relative_error(found, truth) <= 1.5 * relative_error(theirs, truth), name
+
+
+def test_a_shared_prefix_gives_the_same_states_and_gradients(load_tiny):
+    """Computed once it stands for its copy in every example, and collects the gradients of all of them."""
+    model = load_tiny()
+    inject(model, ["q_proj", "k_proj", "v_proj", "down_proj"], rank=4, alpha=8)
+    randomize_lora(model, std=0.05)
+    shared = random_examples([30], seed=5)[0].input_ids[:9]
+    examples = []
+    for example in random_examples(LENGTHS):
+        ids = np.concatenate([shared, example.input_ids])
+        examples.append(Example(ids, np.concatenate([np.full(9, IGNORE, np.int32), example.labels])))
+    found = []
+    for share in (False, True):
+        batch = collate(examples, share)
+        assert batch.layout.prefix == (9 if share else 0)
+        model.zero_grad()
+        with packed(model.train()):
+            hidden = hidden_states(model, batch)
+            token_loss(hidden, head_weight(model), batch.targets).backward()
+        grads = [p.grad for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+        found.append((hidden, batch.targets, grads))
+    (alone, targets, expected), (together, same_targets, grads) = found
+    assert torch.equal(targets, same_targets)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(grads, expected, strict=True):
+        assert relative_error(ours, theirs) < 1e-5

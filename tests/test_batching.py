@@ -11,7 +11,7 @@ from conftest import random_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.batching import Schedule, collate, cut, epoch_order, make_schedule
+from minilora.batching import Schedule, collate, common_prefix, cut, epoch_order, make_schedule
 from minilora.data import IGNORE, Example
 
 quick = settings(max_examples=60)
@@ -55,6 +55,51 @@ def test_a_batch_moves_as_a_whole():
     for name in ("input_ids", "position_ids", "rows", "targets"):
         assert getattr(moved, name).is_meta
         assert getattr(moved, name).shape == getattr(batch, name).shape
+
+
+# ---------------------------------------------------------------------------------------- shared prefixes
+
+small_examples = st.lists(
+    st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=2, max_size=9), min_size=1, max_size=5
+)
+
+
+def from_pairs(pairs):
+    """(token, supervised) pairs as an Example."""
+    ids = np.array([token for token, _ in pairs], np.int32)
+    return Example(ids, np.where([supervised for _, supervised in pairs], ids, IGNORE).astype(np.int32))
+
+
+@settings(max_examples=200)
+@given(small_examples)
+def test_a_shared_prefix_is_what_all_begin_with_unsupervised(rows):
+    """By the definition, token by token; two examples at least, and each keeps an input token of its own."""
+    shared = 0
+    while len(rows) > 1 and all(len(row) > shared + 2 for row in rows):
+        here = [row[shared] for row in rows]
+        if len(set(here)) > 1 or here[0][1]:
+            break
+        shared += 1
+    assert common_prefix([from_pairs(row) for row in rows]) == shared
+
+
+@settings(max_examples=200)
+@given(small_examples)
+def test_sharing_a_prefix_changes_no_context_and_no_target(rows):
+    """What each supervised position has before it, and what is to follow, are the same with and without sharing."""
+    examples = [from_pairs(row) for row in rows]
+
+    def pairs(batch):
+        found = []
+        ids, positions, parts = batch.input_ids[0].tolist(), batch.position_ids[0].tolist(), list(batch.layout.parts())
+        for row, target in zip(batch.rows.tolist(), batch.targets.tolist(), strict=True):
+            (tokens, sees), *_ = [part for part in parts if part[0].start <= row < part[0].stop]
+            context = [*range(batch.layout.prefix if sees else 0), *range(tokens.start, row + 1)]
+            assert [positions[i] for i in context] == list(range(len(context)))
+            found.append(([ids[i] for i in context], target))
+        return found
+
+    assert pairs(collate(examples, share_prefix=True)) == pairs(collate(examples))
 
 
 # ---------------------------------------------------------------------------------------- cut

@@ -1,7 +1,7 @@
 """Killed and stopped at random moments of real commands, gone on with, and compared to the bit with the whole run.
 
 The subset that always runs takes a short demo run; the soak takes `train demo --num_train_epochs 2 --save_steps 5`.
-Counts: MINILORA_SOAK_KILLS (200), MINILORA_SOAK_SIGNALS (50 of each), MINILORA_SOAK_REAL (5), MINILORA_SOAK_WORKERS (2).
+Counts: MINILORA_SOAK_KILLS (200), _SIGNALS (50 of each), _REAL (5); two trials at a time: MINILORA_SOAK_WORKERS (2).
 """
 
 import hashlib
@@ -210,7 +210,7 @@ def stopped(whole: Whole, folder: Path, number: int, trials: int, workers: int, 
             return word, done["to_exit_s"]
         command = printed_command(text)
         if word == "stopped, saved":
-            found, refused = checkpoint.newest_valid(run)
+            refused = checkpoint.newest_valid(run)[1]
             if refused or str(run) not in text or command is None:
                 return f"BAD: {refused} {text[-500:]}", done["to_exit_s"]
             log = run.with_suffix(".resumed.log")

@@ -1,6 +1,5 @@
 """Whole steps and whole runs: what is trained is the formula, however it is cut, stopped, resumed or disturbed."""
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -116,26 +115,23 @@ def plain_gradients(oracle, examples, supervised, autocast=False):
     (total / supervised).backward()
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_gradient_is_that_of_the_plain_formula(start, load_tiny, method, monkeypatch):
+@pytest.mark.parametrize(("method", "share_prefix"), [("lora", "on"), ("lora", "off"), ("full", "on")])
+def test_the_gradient_is_that_of_the_plain_formula(start, load_tiny, method, share_prefix, monkeypatch):
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    run = start(method=method, target_modules=targets, lora_r=4)
-    randomize_lora(run.model)
+    run = start(method=method, target_modules=targets, lora_r=4, share_prefix=share_prefix)
+    randomize_lora(run.model, std=0.05)  # at 0.2 the model is so sharp that fp32 alone, in any order, errs by 5e-5
     found = gradients_of(run)
 
     oracle = load_tiny()
     if method == "lora":
         lora.inject(oracle, targets, rank=4, alpha=32)
-        randomize_lora(oracle)
+        randomize_lora(oracle, std=0.05)
         monkeypatch.setattr(lora, "lora_linear", lora.plain_lora_linear)
     else:
         oracle.requires_grad_(True)
-    exact = copy.deepcopy(oracle).double()
-    for model in (oracle, exact):
-        plain_gradients(model, *first_step(run))
-    for (name, param), (_, truth) in zip(trained(oracle).items(), trained(exact).items(), strict=True):
-        own_error = relative_error(param.grad.double(), truth.grad)  # of Hugging Face's fp32, in this sharp model
-        assert relative_error(found[name].double(), truth.grad) < max(1e-5, 1.5 * own_error), name
+    exact = oracle.double()
+    plain_gradients(exact, *first_step(run))
+    same_gradients(found, {name: param.grad for name, param in trained(exact).items()})
 
 
 def test_bf16_gradients_are_as_exact_as_the_plain_ones(start, load_tiny, tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_the_commands_of_the_readme(tmp_path):
 
 
 def test_the_run_folder_is_as_the_readme_shows_it(tmp_path):
-    (shown,) = [block for block in blocks("") if "metrics.jsonl" in block]
+    (shown,) = [block for block in blocks("text") if "metrics.jsonl" in block]
     names = re.findall(r"^(?:runs/mine/|\s+)([\w.]+/?)\s", shown, re.M)
     assert {"config.json", "metrics.jsonl", "adapter/", "best/", "checkpoints/", "summary.json"} <= set(names)
     done = subprocess.run(
@@ -104,7 +104,7 @@ def test_the_step_in_the_readme_is_the_one_in_the_code():
 
 def test_the_file_tree_is_the_one_on_the_disk():
     """Each room stands in the tree with its purpose, and nothing stands there that is not on the disk."""
-    (tree,) = [block for block in blocks("") if "minilora/" in block and "loop.py" in block]
+    (tree,) = [block for block in blocks("text") if "minilora/" in block and "loop.py" in block]
     named = set(re.findall(r"^\s*([\w.]+\.py)\s", tree, re.M))
     rooms = {path.name for path in (ROOT / "minilora").glob("*.py")} - {"__init__.py", "__main__.py"}
     assert named == rooms | {"train.py"}
