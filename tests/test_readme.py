@@ -58,7 +58,7 @@ def test_the_commands_of_the_readme(tmp_path):
 
 
 def test_the_run_folder_is_as_the_readme_shows_it(tmp_path):
-    (shown,) = [block for block in blocks("text") if "metrics.jsonl" in block]
+    (shown,) = [block for block in blocks("text") if "runs/mine/config.json" in block]
     names = re.findall(r"^(?:runs/mine/|\s+)([\w.]+/?)\s", shown, re.M)
     assert {"config.json", "metrics.jsonl", "adapter/", "best/", "checkpoints/", "summary.json"} <= set(names)
     done = subprocess.run(
