@@ -324,7 +324,7 @@ class FailAt:
 
 
 def failing_at_every_call(monkeypatch, prepare, act):
-    """For n = 1, 2, ...: act() on prepare(n) with the n-th call failing; yields (what, which call, error) till none is."""
+    """For n = 1, 2, ...: act() on prepare(n) with the n-th call failing; yields (thing, call, error)."""
     for n in range(1, 500):
         thing = prepare(n)
         fault = FailAt(n)

@@ -1,0 +1,93 @@
+"""The leaner norm, MLP and attention beside the Hugging Face modules that they equal."""
+
+import copy
+
+import pytest
+import torch
+from conftest import random_examples, relative_error
+
+from minilora import fast
+from minilora.batching import collate
+from minilora.model import hidden_states, packed
+
+TOKENS = 300  # more than the rows that are computed together
+
+
+def both(model, name):
+    """A module as Hugging Face made it, and the same one sped up."""
+    theirs = model.get_submodule(name).requires_grad_(True)
+    ours = copy.deepcopy(model)
+    fast.speed_up(ours)
+    return theirs, ours.get_submodule(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.0.mlp"])
+def test_norm_and_mlp_are_hugging_faces_to_the_bit(load_tiny, name, dtype):
+    theirs, ours = both(load_tiny(dtype), name)
+    assert ours.forward.__func__ is not type(ours).forward
+    torch.manual_seed(0)
+    x, dy = (torch.randn(1, TOKENS, 64).to(dtype) for _ in range(2))
+    results = []
+    for module in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        results.append((y, *torch.autograd.grad(y, [leaf, *module.parameters()], dy)))
+    (expected, *wanted), (y, *found) = results
+    assert y.dtype == expected.dtype
+    assert torch.equal(y, expected)
+    for gradient, reference in zip(found, wanted, strict=True):
+        assert gradient.dtype == reference.dtype
+        assert relative_error(gradient, reference) < (1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_gradcheck_of_the_norm():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, w: fast._RMSNorm.apply(x, w, 1e-3), (x, weight.requires_grad_()))
+
+
+def test_gradcheck_of_the_mlps_product():
+    torch.manual_seed(0)
+    gate, up = (torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(fast._SwiGLU.apply, (gate, up))
+
+
+def test_rotary_is_hugging_faces_and_so_is_its_gradient():
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    torch.manual_seed(0)
+    angles = torch.rand(1, 7, 4, dtype=torch.float64)
+    cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
+    x = torch.randn(1, 7, 3, 8, dtype=torch.float64, requires_grad=True)
+    expected, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
+    y = fast._Rotary.apply(x, cos, sin)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    dy = torch.randn_like(y)
+    (found,), (wanted,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_a_sped_up_model_is_the_same_in_training_and_untouched_in_generation(load_tiny):
+    plain = load_tiny()
+    model = load_tiny()
+    fast.speed_up(model)
+    batch = collate(random_examples([17, 2, 40, 9]))
+    with torch.no_grad():
+        with packed(plain):
+            expected = hidden_states(plain, batch)
+        with packed(model):
+            found = hidden_states(model, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    ids = batch.input_ids[:, :12]
+    keys = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(ids, **keys), plain.generate(ids, **keys))
+
+
+def test_a_module_with_another_activation_keeps_its_forward(load_tiny):
+    model = load_tiny()
+    model.model.layers[0].mlp.act_fn = torch.nn.GELU()
+    fast.speed_up(model)
+    changed, kept = model.model.layers[1].mlp, model.model.layers[0].mlp
+    assert kept.forward.__func__ is type(kept).forward
+    assert changed.forward.__func__ is not type(changed).forward

@@ -1,0 +1,1106 @@
+"""Files that someone made to do harm: one error of ours that names the file, soon, without much memory, and no more.
+
+Nothing is read or written outside of the folders that were named, and nothing that lies in a file is ever run.
+"""
+
+import dataclasses
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import faults
+import pytest
+import torch
+from conftest import CPU, randomize_lora, write_jsonl
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minilora import adapter, checkpoint, cli, files, loop, merge, model, rundir
+from minilora.checkpoint import MANIFEST, MOMENTS, STATE, WEIGHTS, Identity, TrainState
+from minilora.config import FIELDS, TrainConfig, resolve
+from minilora.data import Turn, read_rows
+from minilora.errors import AdapterError, CheckpointError, ConfigError, MiniloraError, ModelError
+from minilora.generate import Sampling, answer, load_speaker
+from minilora.lora import inject
+from minilora.optim import make_optimizer
+
+MAX_SECONDS = 1.0  # of this process's CPU: a busy machine is no fault of ours
+MAX_BYTES = 200 * 2**20
+MUTATIONS = 1000
+IDENTITY = Identity(dataclasses.asdict(TrainConfig()) | {"target_modules": []}, "b" * 64, "d" * 64, {"torch": "2"})
+
+
+def attempt(work, kinds=(MiniloraError,)) -> tuple[Exception | None, list[str]]:
+    """(the error, what is wrong with it): it must be one of ours, within the limits of time and memory."""
+    faults.forget_peak()
+    before, started = faults.memory_now()[0], time.process_time()
+    error, wrong = None, []
+    try:
+        work()
+    except Exception as raised:
+        error = raised
+    seconds, more = time.process_time() - started, faults.memory_now()[1] - before
+    if error is not None and not isinstance(error, kinds):
+        wrong.append(f"{type(error).__name__}: {str(error)[:200]}")
+    if seconds > MAX_SECONDS:
+        wrong.append(f"took {seconds:.1f} s")
+    if more > MAX_BYTES:
+        wrong.append(f"took {more / 2**20:.0f} MB")
+    return error, wrong
+
+
+def guarded(work, seconds=4) -> dict:
+    """work() in a child that is ended when it hangs and cannot take much memory: {"error", "kinds"}, or how it ended."""
+
+    def limited():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + 2 * MAX_BYTES,) * 2)
+        try:
+            work()
+        except Exception as error:
+            return {"error": str(error), "kinds": [kind.__name__ for kind in type(error).__mro__]}
+        return {"error": None, "kinds": []}
+
+    code, answer = faults.forked(limited)
+    return answer if code == 0 else {"error": f"ended with {code}: {answer}", "kinds": ["hung" if code < 0 else "died"]}
+
+
+# ---------------------------------------------------------------------------------------- what is attacked
+
+
+class Small:
+    """A small model under AdamW and its checkpoint, signed anew after each change."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        self.model = nn.Linear(4, 3)
+        self.optimizer = make_optimizer(self.model, 0.0)
+        self.model(torch.ones(1, 4)).sum().backward()
+        self.optimizer.step()
+
+    def save(self, run: Path) -> Path:
+        return checkpoint.save(run, self.model, self.optimizer, TrainState(step=1), IDENTITY, 0)
+
+    def load(self, path: Path) -> TrainState:
+        return checkpoint.load(path, self.model, self.optimizer, IDENTITY)
+
+
+def sign(path: Path, manifest: dict | None = None, **changes) -> None:
+    """Make the manifest agree with the files, as whoever made them would."""
+    manifest = dict(manifest or json.loads((path / MANIFEST).read_text())) | changes
+    if isinstance(manifest.get("files"), dict):
+        for name in set(manifest["files"]) & {WEIGHTS, MOMENTS, STATE}:
+            file = path / name
+            if isinstance(manifest["files"][name], dict) and file.is_file():
+                content = file.read_bytes() if file.stat().st_size < 2**24 else b""
+                record = {"size": len(content), "sha256": __import__("hashlib").sha256(content).hexdigest()}
+                manifest["files"][name] = record | {k: v for k, v in changes.items() if k in record}
+    own = getattr(checkpoint, "_own_sha256", None)
+    if own is not None:
+        manifest["sha256"] = own(manifest)
+    (path / MANIFEST).write_bytes(b"".join(files.json_chunks(manifest)))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_folder):
+    return model.load_model(tiny_folder, torch.float32, CPU)
+
+
+@pytest.fixture(scope="module")
+def good_adapter(tiny_folder, tmp_path_factory) -> Path:
+    """The adapter of a tiny model, rank 2 on q_proj: 4 small tensors."""
+    tiny = model.load_model(tiny_folder, torch.float32, CPU)
+    identity = model.fingerprint(tiny)
+    inject(tiny, ("q_proj",), rank=2, alpha=4)
+    randomize_lora(tiny)
+    folder = tmp_path_factory.mktemp("good") / "adapter"
+    settings = adapter.AdapterConfig(str(tiny_folder), 2, 4, 0.0, ("q_proj",), False)
+    adapter.save(folder, tiny, settings, {"base_fingerprint": identity, "system_prompt": "x"})
+    return folder
+
+
+@pytest.fixture
+def hostile(good_adapter, tmp_path) -> Path:
+    """A copy of the adapter to be spoilt."""
+    return Path(shutil.copytree(good_adapter, tmp_path / "hostile"))
+
+
+def read_adapter(folder: Path, base) -> None:
+    """Everything that loading an adapter reads, but for putting it into the model."""
+    config = adapter.read_config(folder)
+    adapter.check_base(folder, config, adapter.read_metadata(folder).get("base_fingerprint", ""), False)
+    shapes = {
+        f"{n}.weight": (m.out_features, m.in_features) for n, m in base.named_modules() if isinstance(m, nn.Linear)
+    }
+    adapter.read_updates(folder, config, shapes)
+
+
+# ---------------------------------------------------------------------------------------- safetensors
+
+
+def packed(header, data: bytes, length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def spoilt_safetensors(whole: bytes) -> dict[str, bytes]:
+    """Hostile versions of a good file, by what is wrong with them."""
+    size = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + size]), whole[8 + size :]
+    names = [name for name in header if name != "__metadata__"]
+    first, second = names[0], names[1]
+
+    def changed(name=first, **keys) -> bytes:
+        return packed(header | {name: header[name] | keys}, data)
+
+    start, end = header[first]["data_offsets"]
+    doubled = json.dumps(header)[:-1] + f", {json.dumps(first)}: {json.dumps(header[second])}}}"
+    million = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(300_000)}
+    return {
+        "empty": b"",
+        "one byte": b"\x00",
+        "seven bytes": whole[:7],
+        "a length and nothing": whole[:8],
+        "header length 2^63": packed(header, data, 2**63),
+        "header length 2^64 - 1": packed(header, data, 2**64 - 1),
+        "header length 90 MB": packed(header, data, 90 * 2**20),
+        "header length 0": packed(header, data, 0),
+        "header longer than the file": packed(header, b"", len(whole)),
+        "header is no JSON": packed(b"{" * size, data),
+        "header is a list": packed(b"[1]", data),
+        "header is null": packed(b"null", data),
+        "header is no UTF-8": packed(b'{"\xff\xfe": 1}', data),
+        "header nested 100,000 deep": packed(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, data),
+        "header with NaN": packed(b'{"a": NaN}', data),
+        "300,000 tensors": packed(million, b""),
+        "20 MB of metadata": packed(header | {"__metadata__": {"base_fingerprint": "x" * 20_000_000}}, data),
+        "metadata of numbers": packed(header | {"__metadata__": {"base_fingerprint": 7}}, data),
+        "metadata is a list": packed(header | {"__metadata__": []}, data),
+        "offsets out of range": changed(data_offsets=[start, 2**40]),
+        "offsets beyond 64 bits": changed(data_offsets=[start, 2**70]),
+        "offsets overlap": changed(second, data_offsets=[start, start + 4]),
+        "offsets reversed": changed(data_offsets=[end, start]),
+        "offsets negative": changed(data_offsets=[-4, end]),
+        "offsets are text": changed(data_offsets=["0", "8"]),
+        "offsets missing": packed(header | {first: {"dtype": "F32", "shape": [2, 64]}}, data),
+        "a hole between tensors": packed(header, data + bytes(8)).replace(
+            b'"data_offsets": [0, ', b'"data_offsets": [8, ', 1
+        ),
+        "bytes behind the last tensor": whole + b"\0" * 8,
+        "truncated": whole[:-1],
+        "half": whole[: len(whole) // 2],
+        "dtype unknown": changed(dtype="F99"),
+        "dtype is a number": changed(dtype=32),
+        "dtype of another size": changed(dtype="F64"),
+        "dtype of whole numbers": changed(dtype="I32"),
+        "dtype of unsigned numbers": changed(dtype="U32"),
+        "shape overflows": changed(shape=[2**62, 2**62]),
+        "shape of 2^40 numbers": changed(shape=[2**20, 2**20]),
+        "shape negative": changed(shape=[-2, -64]),
+        "shape is text": changed(shape="2,64"),
+        "shape transposed": changed(shape=header[first]["shape"][::-1]),
+        "shape of 100,000 dimensions": changed(shape=[1] * 100_000),
+        "a name twice": packed(doubled.encode(), data),
+        "a tensor missing": packed({k: v for k, v in header.items() if k != names[-1]}, data),
+        "a tensor more": packed(header | {"evil": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}, data),
+        "a tensor renamed": packed({("evil" if k == first else k): v for k, v in header.items()}, data),
+        "a pickle": pickle.dumps({"a": [1, 2, 3]}),
+        "compressed zeros": zlib.compress(bytes(10**7)),
+        "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    }
+
+
+def places_in_its_stead(path: Path) -> dict:
+    """What is no regular file, by name: functions that put it in the place of `path`."""
+    return {
+        "a folder": path.mkdir,
+        "a link to /etc/passwd": lambda: path.symlink_to("/etc/passwd"),
+        "a link to nothing": lambda: path.symlink_to("nowhere"),
+        "a link to itself": lambda: path.symlink_to(path.name),
+        "a pipe": lambda: os.mkfifo(path),
+        "a link to /dev/zero": lambda: path.symlink_to("/dev/zero"),
+        "a link to /dev/stdin": lambda: path.symlink_to("/dev/tty"),
+        "20 GB of nothing": lambda: os.truncate(os.open(path, os.O_CREAT | os.O_WRONLY), 20 * 2**30),
+        "nothing": lambda: None,
+    }
+
+
+def test_hostile_safetensors_as_an_adapter(hostile, base):
+    path = hostile / adapter.WEIGHTS
+    cases = spoilt_safetensors(path.read_bytes())
+    read_adapter(hostile, base)
+    bad = {}
+    for what, content in cases.items():
+        path.write_bytes(content)
+        error, wrong = attempt(lambda: read_adapter(hostile, base), AdapterError)
+        if error is None:
+            wrong.append("loaded")
+        elif str(path) not in str(error) and str(hostile) not in str(error):
+            wrong.append(f"does not name the file: {str(error)[:200]}")
+        if wrong:
+            bad[what] = wrong
+    print(f"\nhostile safetensors as an adapter: {len(cases) - len(bad)} of {len(cases)} refused")
+    assert len(cases) >= 30
+    assert not bad
+
+
+def test_hostile_safetensors_in_a_checkpoint(tmp_path):
+    """With a manifest that agrees with them."""
+    small = Small()
+    path = small.save(tmp_path)
+    before = small.model.weight.tolist()
+    small.load(path)
+    total, bad = 0, {}
+    for name in (WEIGHTS, MOMENTS):
+        whole = (path / name).read_bytes()
+        for what, content in spoilt_safetensors(whole).items():
+            total += 1
+            (path / name).write_bytes(content)
+            sign(path)
+            error, wrong = attempt(lambda: small.load(path), CheckpointError)
+            if error is None:
+                wrong.append("loaded")
+            elif str(path) not in str(error):
+                wrong.append(f"does not name the file: {str(error)[:200]}")
+            if small.model.weight.tolist() != before:
+                wrong.append("the model was changed")
+            if wrong:
+                bad[f"{name}: {what}"] = wrong
+        (path / name).write_bytes(whole)
+        sign(path)
+        small.load(path)
+    print(f"\nhostile safetensors in a checkpoint: {total - len(bad)} of {total} refused")
+    assert not bad
+
+
+def test_hostile_safetensors_as_a_base(tiny_folder, tmp_path):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    harmless = ("dtype of whole numbers", "dtype of unsigned numbers", "20 MB of metadata", "a tensor more")
+    bad = {}
+    cases = {what: content for what, content in spoilt_safetensors(whole).items() if what not in harmless}
+    for what, content in cases.items():
+        path.write_bytes(content)
+        error, wrong = attempt(lambda: model.load_model(folder, torch.float32, CPU), ModelError)
+        if error is None:
+            wrong.append("loaded")
+        elif str(folder) not in str(error):
+            wrong.append(f"does not name the folder: {str(error)[:200]}")
+        if wrong:
+            bad[what] = wrong
+    print(f"\nhostile safetensors as a base: {len(cases) - len(bad)} of {len(cases)} refused")
+    assert not bad
+
+
+def test_what_is_no_file(hostile, base, tmp_path):
+    """Pipes never end and /dev/zero neither: both once would have been read to their end."""
+    small = Small()
+    saved = small.save(tmp_path / "run")
+    toml = tmp_path / "settings.toml"
+    toml.write_text("seed = 1\n")
+    run = tmp_path / "old"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    readers = {
+        hostile / adapter.CONFIG: lambda: read_adapter(hostile, base),
+        hostile / adapter.WEIGHTS: lambda: read_adapter(hostile, base),
+        saved / MANIFEST: lambda: small.load(saved),
+        saved / STATE: lambda: small.load(saved),
+        saved / WEIGHTS: lambda: small.load(saved),
+        toml: lambda: resolve(str(toml), {}),
+        run / "config.json": lambda: rundir.saved_config(run),
+    }
+    bad, total = {}, 0
+    for path, read in readers.items():
+        whole = path.read_bytes()
+        for what, place in places_in_its_stead(path).items():
+            total += 1
+            path.unlink()
+            place()
+            if path.parent == saved and path.name != MANIFEST and what in ("a pipe", "a link to /dev/zero"):
+                manifest = json.loads((saved / MANIFEST).read_text())
+                manifest["files"][path.name]["size"] = 0
+                sign(saved, manifest)
+            outcome = guarded(read)
+            if "MiniloraError" not in outcome["kinds"]:
+                bad[f"{path.name} is {what}"] = f"{outcome['kinds'][:1]} {str(outcome['error'])[:150]}"
+            elif str(path.parent) not in outcome["error"]:
+                bad[f"{path.name} is {what}"] = f"does not name it: {outcome['error'][:150]}"
+            path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            path.write_bytes(whole)
+            if path.parent == saved:
+                sign(saved)
+    print(f"\nwhat is no file: {total - len(bad)} of {total} refused")
+    assert not bad, "\n".join(f"{key}: {value}" for key, value in bad.items())
+
+
+# ---------------------------------------------------------------------------------------- mutated JSON and TOML
+
+
+def nested(depth: int):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+ODD_VALUES = [
+    *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 1.5, 1e308, -1e308, 1e-320),
+    *("", "x", "\0", "\ud800", "../../x", "/etc/passwd", "x" * 100_000, "\x1b[2J", "NaN", "１２", [], {}, [[]], [None]),
+    *([1] * 1000, {"a": {"b": {}}}, {"": ""}, ["q_proj", 7], [["q_proj"]], {"q_proj": 1}, [0.5], ["x" * 10_000]),
+    *(nested(50), nested(400), nested(900), nested(960)),
+]
+LITERALS = [
+    b"NaN",
+    b"Infinity",
+    b"-Infinity",
+    b"1e999",
+    b"9" * 5000,
+    b"[" * 3000 + b"]" * 3000,
+    b"[" * 10**5,
+    b'"\\ud800"',
+]
+
+
+def paths_in(value, at=()):
+    """Where something can be changed in a JSON value."""
+    found = [at] if at else []
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            found += paths_in(inner, (*at, key))
+    return found
+
+
+def mutate(value: dict, rng: random.Random, places=None) -> bytes | dict:
+    """A JSON object with a few seeded changes: as an object, or as bytes where JSON cannot say it."""
+    value = json.loads(json.dumps(value))
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        found = [place for place in paths_in(value) if places is None or place[0] in places]
+        if not found:
+            break
+        *parents, key = rng.choice(found)
+        holder = value
+        for parent in parents:
+            holder = holder[parent]
+        how = rng.randrange(5)
+        if how == 0:
+            del holder[key]
+        elif how == 1:
+            holder[rng.choice(("extra", "", "../x", key + "x"))] = holder.pop(key)
+        elif how == 2 and isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
+            holder[key] = rng.choice((str(holder[key]), [holder[key]], -holder[key], holder[key] + 0.5, 10**5000))
+        else:
+            holder[key] = rng.choice(ODD_VALUES)
+    return value
+
+
+def as_bytes(value: dict, rng: random.Random) -> bytes:
+    """The object's JSON, one time in three damaged as text."""
+    sys.set_int_max_str_digits(0)
+    try:
+        text = json.dumps(value, indent=rng.choice((None, 2))).encode()
+    finally:
+        sys.set_int_max_str_digits(4300)
+    how = rng.randrange(18)
+    place = rng.randrange(len(text))
+    if how == 0:
+        return text[:place]
+    if how == 1:
+        return text[:place] + bytes([rng.randrange(256)]) + text[place + 1 :]
+    if how == 2:
+        return text[:place] + rng.choice((b"\xff\xfe", b"\xc0\x80", b"\xed\xa0\x80", b"\0")) + text[place:]
+    if how == 3:
+        return rng.choice((b"\xef\xbb\xbf" + text, text.decode().encode("utf-16"), text + text, b"[" + text + b"]"))
+    if how == 4:
+        colon = text.find(b":", place)
+        comma = text.find(b",", colon)
+        return text[: colon + 1] + rng.choice(LITERALS) + text[comma:] if 0 < colon < comma else text + b","
+    if how == 5:
+        return text[:-1] + b", " + text[1:]  # every key twice
+    return text
+
+
+def judge(what: str, work, path: Path, kinds, check=None) -> list[str]:
+    """What is wrong with the outcome: it is refused by an error of ours that names the file, or it is harmless."""
+    results = []
+    error, wrong = attempt(lambda: results.append(work()), kinds)
+    if error is not None and not wrong and str(path) not in str(error) and str(path.parent) not in str(error):
+        wrong.append(f"does not name {path.name}: {str(error)[:200]}")
+    if error is None and check is not None and (odd := check(results[0])):
+        wrong.append(f"accepted: {odd}")
+    return [f"{what}: {words}" for words in wrong]
+
+
+def report(what: str, total: int, refused: int, bad: list[str]) -> None:
+    print(f"\n{what}: {total - len(bad)} of {total} right, {refused} of them refused")
+    assert not bad, f"{len(bad)} of {total}:\n" + "\n".join(
+        sorted(bad, key=lambda words: words.partition(": ")[2])[:40]
+    )
+    assert refused > total // 2, "most mutations must matter"
+
+
+def test_mutated_adapter_config(hostile, base):
+    path = hostile / adapter.CONFIG
+    good, rng, bad, refused = json.loads(path.read_text()), random.Random(1), [], 0
+    total = MUTATIONS * 3 // 10
+
+    def unusable(config) -> str:
+        fields = (config.base_model, config.rank, config.alpha, config.dropout, config.rslora)
+        kinds = (str, int, int, float, bool)
+        fine = all(type(value) is kind for value, kind in zip(fields, kinds, strict=True))
+        return "" if fine and all(isinstance(name, str) for name in config.target_modules) else repr(config)[:200]
+
+    # keys that matter are changed more often than those that nothing reads
+    places = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "use_rslora",
+        "base_model_name_or_path",
+        *adapter.NEUTRAL,
+    )
+    for i in range(total):
+        path.write_bytes(as_bytes(mutate(good, rng, places), rng))
+
+        def work():
+            read_adapter(hostile, base)
+            return adapter.read_config(hostile)
+
+        wrong = judge(f"adapter_config {i}", work, path, AdapterError, unusable)
+        bad += wrong
+        try:
+            work()
+        except Exception:
+            refused += 1
+    report("mutated adapter_config.json", total, refused, bad)
+
+
+def odd_state(state: TrainState) -> str:
+    """Which fields of a loaded state are not of their kind."""
+    odd = []
+    for field in dataclasses.fields(TrainState):
+        value = getattr(state, field.name)
+        if value is None and "None" in str(field.type):
+            continue
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+        if not number or ("float" not in str(field.type) and not isinstance(value, int)):
+            odd.append(f"{field.name} = {value!r}"[:80])
+    return ", ".join(odd)
+
+
+def test_mutated_state(tmp_path):
+    """With a manifest that agrees with it: what a run counts with is checked before it is used."""
+    small = Small()
+    path = small.save(tmp_path)
+    good, rng, bad, refused = json.loads((path / STATE).read_text()), random.Random(2), [], 0
+    total = MUTATIONS * 2 // 10
+    for i in range(total):
+        (path / STATE).write_bytes(as_bytes(mutate(good, rng), rng))
+        sign(path)
+        wrong = judge(f"state {i}", lambda: small.load(path), path / STATE, CheckpointError, odd_state)
+        bad += wrong
+        try:
+            small.load(path)
+        except Exception:
+            refused += 1
+    report("mutated state.json", total, refused, bad)
+
+
+def test_mutated_manifest(tmp_path):
+    """Half of them with a hash of themselves that is right."""
+    small = Small()
+    path = small.save(tmp_path)
+    good, rng, bad, refused = json.loads((path / MANIFEST).read_text()), random.Random(3), [], 0
+    total = MUTATIONS * 2 // 10
+    for i in range(total):
+        value = mutate(good, rng)
+        if i % 2:
+            try:
+                value["sha256"] = checkpoint._own_sha256(value)
+                content = b"".join(files.json_chunks(value))
+            except (ValueError, RecursionError):  # cannot be signed
+                content = as_bytes(value, rng)
+        else:
+            content = as_bytes(value, rng)
+        (path / MANIFEST).write_bytes(content)
+        wrong = judge(f"manifest {i}", lambda: small.load(path), path / MANIFEST, CheckpointError, odd_state)
+        wrong += judge(f"manifest {i}, newest_valid", lambda: checkpoint.newest_valid(tmp_path), path / MANIFEST, ())
+        bad += wrong[:1]
+        try:
+            small.load(path)
+        except Exception:
+            refused += 1
+    report("mutated manifest.json", total, refused, bad)
+
+
+def odd_config(config: TrainConfig) -> str:
+    odd = []
+    for name, field in FIELDS.items():
+        value, kind = getattr(config, name), type(field.default)
+        if not isinstance(value, (kind, type(None)) if field.default is None or name.endswith("_file") else kind):
+            odd.append(f"{name} = {value!r}"[:80])
+    return ", ".join(odd)
+
+
+def test_mutated_config_of_a_run(tmp_path):
+    """config.json is read by --resume PATH."""
+    run = tmp_path / "run"
+    run.mkdir()
+    path = run / "config.json"
+    config = dataclasses.asdict(TrainConfig()) | {"target_modules": ["q_proj"]}
+    good = dataclasses.asdict(IDENTITY) | {"config": config}
+    rng, bad, refused = random.Random(4), [], 0
+    total = MUTATIONS // 10
+
+    def work():
+        return resolve(None, {}, rundir.saved_config(run))
+
+    for i in range(total):
+        path.write_bytes(as_bytes(mutate(good, rng, ("config",)), rng))
+        try:
+            work()
+        except ConfigError as error:  # names the key, which is enough: the folder was given
+            refused += 1
+            assert any(name in str(error) for name in FIELDS) or "config.json" in str(error), str(error)[:300]
+            continue
+        except MiniloraError:
+            refused += 1
+        except Exception:
+            pass
+        bad += judge(f"config {i}", work, path, MiniloraError, odd_config)
+    report("mutated config.json", total, refused, bad)
+
+
+TOML_VALUES = [
+    *("1", "-1", "0", "1.5", "1e999", "inf", "-inf", "nan", "9" * 400, "9" * 5000, "0x" + "f" * 1000, "true", '""'),
+    *(
+        "[]",
+        "{}",
+        "[[]]",
+        "[1]",
+        '["q_proj", 1]',
+        '["attn"]',
+        "{a = 1}",
+        "1979-05-27",
+        "1979-05-27T07:32:00Z",
+        "07:32:00",
+    ),
+    *(
+        '"\\u0000"',
+        '"\\uD800"',
+        "'''x",
+        '"x',
+        "[" * 500 + "]" * 500,
+        "[" * 5000 + "]" * 5000,
+        '"' + "x" * 100_000 + '"',
+    ),
+    *(
+        '"../../x"',
+        '"/etc/passwd"',
+        '"@demo/model"',
+        '"auto"',
+        '"none"',
+        '"1"',
+        '"１"',
+        '"1_000"',
+        '"lora"',
+        "1_0",
+        "+1",
+    ),
+]
+
+
+def test_mutated_toml(tmp_path):
+    path = tmp_path / "settings.toml"
+    good = {name: json.dumps(field.default) for name, field in FIELDS.items() if field.default is not None}
+    rng, bad, refused = random.Random(5), [], 0
+    total = MUTATIONS * 2 // 10
+    for i in range(total):
+        lines = [f"{name} = {text}" for name, text in rng.sample(sorted(good.items()), 8)]
+        name = rng.choice(list(FIELDS))
+        how = rng.randrange(8)
+        if how == 0:
+            lines.append(f"{name}.{'a.' * rng.choice((1, 50, 3000))}b = 1")
+        elif how == 1:
+            lines.append(
+                rng.choice(("[a]", "[[a]]", "a = {" * 300, "= 1", "\0", "x", "'a' = 1", '"" = 1', "[a.b", "#" * 9))
+            )
+        elif how == 2:
+            lines += [f"{name} = 1", f"{name} = 2"]
+        else:
+            lines.append(f"{name} = {rng.choice(TOML_VALUES)}")
+        content = "\n".join(lines).encode("utf-8", "surrogatepass")
+        if how == 3:
+            place = rng.randrange(len(content))
+            content = content[:place] + rng.choice((b"\xff", b"\xc3", b"\0", b"\r", b"\xef\xbb\xbf")) + content[place:]
+        path.write_bytes(content)
+        try:
+            resolve(str(path), {})
+        except ConfigError as error:
+            refused += 1
+            named = str(path) in str(error) or any(key in str(error) for key in FIELDS)
+            assert named, f"names neither file nor key: {str(error)[:300]}"
+        except Exception:
+            pass
+        work = lambda: resolve(str(path), {})  # noqa: E731
+        error, wrong = attempt(work, ConfigError)
+        if error is None and (odd := odd_config(work())):
+            wrong.append(f"accepted: {odd}")
+        bad += [f"toml {i}: {words}" for words in wrong]
+    report("mutated TOML", total, refused, bad)
+
+
+def test_what_is_said_of_a_hostile_file_is_short_and_printable(hostile, base):
+    """Names in a file can hold what clears a terminal or renames its window; and they can be megabytes long."""
+    said = []
+    for name in ("\x1b[2J\x1b]0;x\x07", "x" * 3_000_000):
+        tensors = load_file(hostile / adapter.WEIGHTS)
+        metadata = adapter.read_metadata(hostile)
+        save_file(tensors | {name: torch.zeros(1)}, hostile / adapter.WEIGHTS, metadata)
+        said.append(attempt(lambda: read_adapter(hostile, base))[0])
+        save_file(tensors, hostile / adapter.WEIGHTS, metadata)
+        path = hostile / adapter.CONFIG
+        good = path.read_text()
+        for key in ("target_modules", "bias", "base_model_name_or_path", "r"):
+            path.write_text(json.dumps(json.loads(good) | {key: [name] if key == "target_modules" else {name: name}}))
+            said.append(attempt(lambda: read_adapter(hostile, base))[0])
+        path.write_text(good)
+    bad = [f"{len(str(error)):,} characters" for error in said if len(str(error)) > 20_000]
+    bad += ["control characters" for error in said if any(ord(c) < 32 and c != "\n" for c in str(error))]
+    assert None not in said
+    assert not bad
+
+
+# ---------------------------------------------------------------------------------------- paths that lead out
+
+OUT = [
+    *("../outside/x", "../../outside/x", "a/../../outside/x", "./../outside/x", "..", ".", "", "/etc/passwd"),
+    *("..\\outside\\x", "x\0y", "//outside/x", "~/x", "x/../../outside/x"),
+]
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A folder beside the attacked one in which nothing may be opened; [events] is asked at the end."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    watched = faults.Watched(folder)
+    yield folder, watched
+    watched.close()
+
+
+def test_manifests_that_name_files_elsewhere(tmp_path, outside):
+    folder, watched = outside
+    small = Small()
+    path = small.save(tmp_path)
+    good = json.loads((path / MANIFEST).read_text())
+    (folder / "x").write_bytes((path / WEIGHTS).read_bytes())
+    watched.events()
+    for name in OUT:
+        for names in ({name: good["files"][WEIGHTS]}, good["files"] | {name: good["files"][WEIGHTS]}):
+            sign(path, good | {"files": names})
+            with pytest.raises(CheckpointError, match="manifest"):
+                checkpoint.validate(path)
+    assert watched.events() == []
+
+
+def test_shards_elsewhere_are_not_read(tiny_folder, good_adapter, tmp_path, outside):
+    """An index that names a file outside of the model's folder; what it names is a whole, loadable file."""
+    folder, watched = outside
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    os.rename(base / "model.safetensors", folder / "x")
+    names = load_file(folder / "x")
+    read = {}
+    for shard in ("../outside/x", "./../outside/x", str(folder / "x"), "a/../../outside/x", "..\\outside\\x", "", ".."):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+        watched.events()
+        for what, work in {
+            "load_model": lambda: model.load_model(base, torch.float32, CPU),
+            "weight_files": lambda: model.weight_files(base),
+            "merge": lambda: merge.merge(good_adapter, tmp_path / "merged", str(base)),
+        }.items():
+            error, wrong = attempt(work)
+            if error is None or wrong or watched.events():
+                read[f"{what} {shard!r}"] = wrong or "was read"
+    assert not read
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_index_that_is_none(tiny_folder, good_adapter, tmp_path):
+    base = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    bad = {}
+    for content in (b"", b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"\xff", b"[" * 10**5):
+        (base / "model.safetensors.index.json").write_bytes(content)
+        for what, work in {
+            "weight_files": lambda: model.weight_files(base),
+            "merge": lambda: merge.merge(good_adapter, tmp_path / "merged", str(base)),
+        }.items():
+            error, wrong = attempt(work)
+            if error is None or wrong:
+                bad[f"{what} {content[:30]!r}"] = wrong or "accepted"
+    assert not bad
+
+
+def test_the_default_run_stays_under_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [*OUT, "../..", "a/..", "../../..", "runs/../..", "...", "x" * 50, "\n", "é/…"]
+    for name in names:
+        for key in ("model", "train_file"):
+            stem = rundir._stem(TrainConfig(**{key: name}))
+            assert stem.parent == Path("runs"), f"{key} {name!r}: {stem}"
+            assert stem.name not in ("", ".", "..")
+            assert "\0" not in stem.name
+
+
+def test_a_runs_config_cannot_send_it_elsewhere(make_config, tmp_path, outside, quiet_finish):
+    """--resume PATH goes on in PATH, whatever config.json says of output_dir."""
+    folder, watched = outside
+    config = make_config(save_steps=2)
+    loop.train(config)
+    run = Path(config.output_dir)
+    (run / ".lock").unlink(missing_ok=True)
+    saved = json.loads((run / "config.json").read_text())
+    saved["config"]["output_dir"] = str(folder / "run")
+    (run / "config.json").write_text(json.dumps(saved))
+    loop.train(resolve(None, {"resume": str(run)}, rundir.saved_config(run)))
+    assert watched.events() == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [".lock", "metrics.jsonl", ".config.json.partial", ".summary.json.partial"])
+def test_links_planted_in_a_run_are_not_followed(make_config, tmp_path, name, quiet_finish):
+    """A run folder from elsewhere, gone on with: a link in it must not let us empty the user's files."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    config = make_config(output_dir=str(tmp_path / "planted"))
+    Path(config.output_dir).mkdir()
+    (Path(config.output_dir) / name).symlink_to(victim)
+    try:
+        loop.train(config)
+    except MiniloraError as error:
+        assert name in str(error)
+    assert victim.read_text() == "mine"
+
+
+def test_links_planted_where_files_are_written(tmp_path, hostile, base):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "inner").mkdir(parents=True)
+    (elsewhere / "inner" / "file").write_text("mine")
+    (hostile / f".{adapter.WEIGHTS}.partial").symlink_to(victim)
+    (hostile / f".{adapter.CONFIG}.partial").symlink_to(victim)
+    (hostile / "linked").symlink_to(victim)
+    try:
+        files.replace_file(hostile / adapter.WEIGHTS, [b"new"])
+        files.replace_file(hostile / adapter.CONFIG, [b"new"])
+    except MiniloraError:
+        pass
+    files.replace_file(hostile / "linked", [b"new"])  # the link itself is replaced
+    run = tmp_path / "run"
+    small = Small()
+    small.save(run)
+    for name in (".step-000001.partial", ".step-000001.removed", ".step-000007.partial", "step-000007"):
+        (run / "checkpoints" / name).symlink_to(elsewhere / "inner", target_is_directory=True)
+    try:
+        checkpoint.save(run, small.model, small.optimizer, TrainState(step=7), IDENTITY, 1)
+        checkpoint.remove_after(run, 0)
+    except MiniloraError:
+        pass
+    assert victim.read_text() == "mine"
+    assert (elsewhere / "inner" / "file").read_text() == "mine"
+    assert [p.name for p in (elsewhere / "inner").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "q_proj/../x", "model.layers.0.self_attn.q_proj", "/etc/passwd", "", ".", "..", "q_proj\0"]
+)
+def test_target_modules_are_names_not_paths(hostile, base, tmp_path, name):
+    path = hostile / adapter.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": [name]}))
+    before = sorted(tmp_path.rglob("*"))
+    error, wrong = attempt(lambda: read_adapter(hostile, base), AdapterError)
+    assert error is not None
+    assert wrong == []
+    with pytest.raises(MiniloraError):
+        inject(model.load_model(Path(base.config._name_or_path), torch.float32, CPU), (name,), 2, 4)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "a/..", "../..", "a/../../outside", "..\\outside", "owner/na\0me", "a/b/c", "~x/y"]
+)
+def test_bases_that_an_adapter_names(hostile, outside, tmp_path, monkeypatch, name):
+    """What is neither a folder nor a hub name is refused, and never looked for beside the cache."""
+    folder, watched = outside
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = hostile / adapter.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+    error, wrong = attempt(lambda: load_speaker(None, str(hostile)))
+    assert error is not None
+    assert wrong == []
+    assert [event for event in watched.events() if event != f"{folder}/"] == []
+
+
+def test_an_output_folder_is_the_one_named(make_config, tmp_path, outside, quiet_finish, monkeypatch):
+    """--output_dir with dots in it means what it means to the shell, and nothing is written beside it."""
+    folder, watched = outside
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    config = make_config(output_dir="a/../b/./run", train_file=str(write_jsonl(tmp_path / "rows.jsonl", 8)))
+    (tmp_path / "a").mkdir()
+    loop.train(config)
+    new = set(tmp_path.iterdir()) - before
+    assert {path.name for path in new} <= {"a", "b", "rows.jsonl"}
+    assert list((tmp_path / "a").iterdir()) == []
+    assert (tmp_path / "b" / "run" / "summary.json").exists()
+    assert watched.events() == []
+    assert list(folder.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------- nothing is run
+
+_connections: list[str] = []
+_watching = [False]
+
+
+def _audit(event: str, args) -> None:
+    if _watching[0] and event in ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system"):
+        _connections.append(f"{event} {args}"[:200])
+
+
+sys.addaudithook(_audit)
+
+
+class Evil:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return (Path.write_text, (self.canary, "ran"))
+
+
+@pytest.fixture
+def canary(tmp_path, monkeypatch):
+    """A path that no attack may bring into being; no connection and no process may be started either."""
+    path = tmp_path / "canary"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _connections.clear()
+    _watching[0] = True
+    yield path
+    _watching[0] = False
+    assert not path.exists(), "planted code was run"
+    assert _connections == []
+
+
+def evil_code(canary: Path) -> str:
+    """A module that leaves its mark when it is imported, and would do for a model, a tokenizer, anything."""
+    return (
+        f"import pathlib\npathlib.Path({str(canary)!r}).write_text('ran')\n"
+        "class Evil:\n    @classmethod\n    def from_pretrained(cls, *args, **kwargs): return cls()\n"
+        "def generate(model, *args, **kwargs): return model\n"
+    )
+
+
+def jinja(canary: Path) -> str:
+    return (
+        "{{ cycler.__init__.__globals__.os.system('touch "
+        + str(canary)
+        + "') }}{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    )
+
+
+def edit_json(path: Path, **keys) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | keys))
+
+
+BASE_ATTACKS = {
+    "auto_map in config.json": lambda f, c: edit_json(
+        f / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    ),
+    "auto_map and an unknown model type": lambda f, c: edit_json(
+        f / "config.json", model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    ),
+    "auto_map to another repository": lambda f, c: edit_json(
+        f / "config.json", model_type="evil", auto_map={"AutoConfig": "evil/repo--evil.Evil"}
+    ),
+    "architectures that name a module": lambda f, c: edit_json(f / "config.json", architectures=["evil.Evil"]),
+    "trust_remote_code in config.json": lambda f, c: edit_json(
+        f / "config.json", trust_remote_code=True, auto_map={"AutoModelForCausalLM": "evil.Evil"}
+    ),
+    "auto_map in tokenizer_config.json": lambda f, c: edit_json(
+        f / "tokenizer_config.json", tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    ),
+    "trust_remote_code in tokenizer_config.json": lambda f, c: edit_json(
+        f / "tokenizer_config.json", trust_remote_code=True, auto_map={"AutoTokenizer": ["evil.Evil", None]}
+    ),
+    "auto_map in processor_config.json": lambda f, c: edit_json(
+        f / "processor_config.json", auto_map={"AutoProcessor": "evil.Evil"}
+    ),
+    "pytorch_model.bin beside model.safetensors": lambda f, c: (f / "pytorch_model.bin").write_bytes(
+        pickle.dumps(Evil(c))
+    ),
+    "pytorch_model.bin alone": lambda f, c: (
+        (f / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(c))),
+        (f / "model.safetensors").unlink(),
+    ),
+    "an index of pickles": lambda f, c: (
+        (f / "model.safetensors").unlink(),
+        (f / "evil.bin").write_bytes(pickle.dumps(Evil(c))),
+        edit_json(f / "pytorch_model.bin.index.json", metadata={}, weight_map={"model.norm.weight": "evil.bin"}),
+    ),
+    "an index of safetensors that names a pickle": lambda f, c: (
+        (f / "model.safetensors").unlink(),
+        (f / "evil.bin").write_bytes(pickle.dumps(Evil(c))),
+        edit_json(f / "model.safetensors.index.json", metadata={}, weight_map={"model.norm.weight": "evil.bin"}),
+    ),
+    "a chat template": lambda f, c: (f / "chat_template.jinja").write_text(jinja(c)),
+    "a chat template in tokenizer_config.json": lambda f, c: (
+        (f / "chat_template.jinja").unlink(),
+        edit_json(f / "tokenizer_config.json", chat_template=jinja(c)),
+    ),
+    "custom_generate": lambda f, c: (
+        (f / "custom_generate").mkdir(),
+        (f / "custom_generate" / "generate.py").write_text(evil_code(c)),
+        edit_json(f / "generation_config.json", custom_generate="custom_generate", trust_remote_code=True),
+    ),
+    "a quantization method": lambda f, c: edit_json(f / "config.json", quantization_config={"quant_method": "evil"}),
+    "attention from the hub": lambda f, c: edit_json(
+        f / "config.json", attn_implementation="evil/kernel", _attn_implementation="evil/kernel"
+    ),
+    "a dtype that is code": lambda f, c: edit_json(
+        f / "config.json", dtype=f"__import__('os').system('touch {c}')", torch_dtype="evil"
+    ),
+    "an activation that is code": lambda f, c: edit_json(f / "config.json", hidden_act="evil.Evil"),
+    "a PEFT adapter within the base": lambda f, c: (
+        edit_json(f / "adapter_config.json", peft_type="LORA", auto_mapping={"parent_library": "evil"}),
+        (f / "adapter_model.bin").write_bytes(pickle.dumps(Evil(c))),
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", list(BASE_ATTACKS))
+def test_nothing_in_a_base_is_run(tiny_folder, tmp_path, canary, attack, monkeypatch):
+    """It is loaded as if the attack were not there, or refused by an error of ours; asked something if it loads."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "base"))
+    for name in ("evil.py", "modeling_evil.py"):
+        (folder / name).write_text(evil_code(canary))
+    BASE_ATTACKS[attack](folder, canary)
+    monkeypatch.syspath_prepend(str(folder))  # the worst case: the folder can be imported from
+    try:
+        speaker = load_speaker(str(folder), None, "float32", "cpu")
+        answer(speaker, [[Turn("user", "hello")]], Sampling(max_new_tokens=2))
+    except MiniloraError as error:
+        assert str(folder) in str(error)
+    sys.modules.pop("evil", None)
+
+
+ADAPTER_ATTACKS = {
+    "adapter_model.bin beside it": lambda f, c: (f / "adapter_model.bin").write_bytes(pickle.dumps(Evil(c))),
+    "adapter_model.bin alone": lambda f, c: os.rename(
+        f / adapter.WEIGHTS, f / "was" if (f / "adapter_model.bin").write_bytes(pickle.dumps(Evil(c))) else f
+    ),
+    "a pickle of the right name": lambda f, c: (f / adapter.WEIGHTS).write_bytes(pickle.dumps(Evil(c))),
+    "a torch file of the right name": lambda f, c: torch.save(Evil(c), f / adapter.WEIGHTS),
+    "auto_mapping and trust_remote_code": lambda f, c: edit_json(
+        f / adapter.CONFIG,
+        auto_mapping={"base_model_class": "Evil", "parent_library": "evil"},
+        trust_remote_code=True,
+        auto_map={"AutoModel": "evil.Evil"},
+    ),
+    "a runtime_config": lambda f, c: edit_json(
+        f / adapter.CONFIG, runtime_config={"x": "evil.Evil"}, layers_pattern="(a+)+$"
+    ),
+    "metadata": lambda f, c: save_file(
+        load_file(f / adapter.WEIGHTS),
+        f / adapter.WEIGHTS,
+        adapter.read_metadata(f) | {"system_prompt": jinja(c), "format": "evil"},
+    ),
+    "a chat template": lambda f, c: (f / "chat_template.jinja").write_text(jinja(c)),
+}
+
+
+@pytest.mark.parametrize("attack", list(ADAPTER_ATTACKS))
+def test_nothing_in_an_adapter_is_run(hostile, tmp_path, canary, attack, monkeypatch):
+    (hostile / "evil.py").write_text(evil_code(canary))
+    ADAPTER_ATTACKS[attack](hostile, canary)
+    monkeypatch.syspath_prepend(str(hostile))
+    try:
+        speaker = load_speaker(None, str(hostile), "float32", "cpu")
+        answer(speaker, [[Turn("user", "hello")]], Sampling(max_new_tokens=2))
+    except MiniloraError as error:
+        assert str(hostile) in str(error)
+    sys.modules.pop("evil", None)
+
+
+def test_nothing_in_a_run_folder_is_run(make_config, tmp_path, canary, quiet_finish, monkeypatch):
+    """Pickles under the names that Trainer gives them, beside a checkpoint and in place of its files; then gone on with."""
+    config = make_config(save_steps=2)
+    loop.train(config)
+    run = Path(config.output_dir)
+    newest = checkpoint.checkpoints(run)[0]
+    evil = pickle.dumps(Evil(canary))
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "pytorch_model.bin", "model.pt"):
+        for folder in (run, newest):
+            (folder / name).write_bytes(evil)
+    for name in ("sitecustomize.py", "evil.py", "torch.py"):
+        (run / name).write_text(evil_code(canary))
+    monkeypatch.chdir(run)
+    (run / ".lock").unlink(missing_ok=True)
+    loop.train(dataclasses.replace(config, resume="auto"))
+    for name in (STATE, WEIGHTS, MOMENTS):
+        small = Small()
+        path = small.save(tmp_path / name)
+        (path / name).write_bytes(evil)
+        sign(path)
+        assert attempt(lambda small=small, path=path: small.load(path))[1] == []
+    edit_json(newest / STATE, __reduce__=["os.system", f"touch {canary}"], **{"py/object": "os.system"})
+    sign(newest)
+    (run / ".lock").unlink(missing_ok=True)
+    with pytest.raises(MiniloraError):
+        loop.train(dataclasses.replace(config, resume=str(newest)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "$(touch {})",
+        "; touch {}",
+        "| touch {}",
+        "`touch {}`",
+        "__import__('os').system('touch {}')",
+        "!!python/object:{}",
+    ],
+)
+def test_no_setting_is_run(tmp_path, canary, text, capsys):
+    """Texts from TOML, flags and rows go to no shell, no eval, no template."""
+    text = text.format(canary)
+    toml = tmp_path / "settings.toml"
+    toml.write_text(
+        "".join(f"{key} = {json.dumps(text)}\n" for key in ("model", "train_file", "system_prompt", "output_dir"))
+    )
+    assert cli.main(["train", str(toml)]) == 2
+    for key in ("model", "train_file", "eval_file", "resume", "device", "lora_r", "target_modules"):
+        assert cli.main(["train", "demo", f"--{key}", text, "--output_dir", str(tmp_path / "run")]) == 2, key
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"instruction": text + jinja(canary), "output": text}) + "\n")
+    assert read_rows(rows, "error")[0][0].turns[-1].content == text
+    assert "Traceback" not in capsys.readouterr().err
