@@ -3,15 +3,14 @@
 Format: https://github.com/huggingface/peft/blob/main/docs/source/developer_guides/checkpoint.md
 """
 
-import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minilora import files
@@ -20,7 +19,7 @@ from minilora.lora import inject, lora_layers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
-MAX_CONFIG_BYTES = 4 * 2**20
+MAX_HEADER_BYTES = 2 * 2**20
 # What PEFT's LoraConfig can say and this library cannot represent: any value but these is refused by name.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -92,7 +91,7 @@ def save(folder: Path, model: nn.Module, config: AdapterConfig, metadata: Mappin
         "use_dora": False,
     }
     with files.storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
     files.replace_file(folder / CONFIG, files.json_chunks(settings))
     files.replace_file(folder / WEIGHTS, files.safetensors_chunks(named, {"format": "pt", **metadata}))
 
@@ -101,17 +100,11 @@ def read_config(folder: Path) -> AdapterConfig:
     """adapter_config.json, checked. Raises AdapterError naming the file and every key that does not fit."""
     path = folder / CONFIG
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes, this is no adapter_config.json.")
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        raise AdapterError(f"{folder} is no adapter: {CONFIG}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise AdapterError(f"{path}: a JSON object is needed.")
+        raw = files.read_json(path)
+    except ValueError as error:
+        raise AdapterError(f"{folder} is no adapter: {path.name}: {error}.") from error
     wrong = [
-        f"{key} = {raw[key]!r} is not supported here (only {allowed[0]!r})"
+        f"{key} = {reprlib.repr(raw[key])} is not supported here (only {allowed[0]!r})"
         for key, allowed in NEUTRAL.items()
         if key in raw and raw[key] not in allowed
     ]
@@ -125,7 +118,7 @@ def read_config(folder: Path) -> AdapterConfig:
         "use_rslora": isinstance(raw.get("use_rslora", False), bool),
         "base_model_name_or_path": isinstance(raw.get("base_model_name_or_path", ""), (str, type(None))),
     }
-    wrong += [f"{key} = {raw.get(key)!r} is not usable" for key, good in checks.items() if not good]
+    wrong += [f"{key} = {reprlib.repr(raw.get(key))} is not usable" for key, good in checks.items() if not good]
     if wrong:
         raise AdapterError(f"{path}: " + "; ".join(wrong) + ".")
     return AdapterConfig(
@@ -145,10 +138,12 @@ def _is_int(value: Any) -> bool:
 def read_metadata(folder: Path) -> dict[str, str]:
     """The header of adapter_model.safetensors: base_fingerprint, system_prompt, ... where minilora wrote it."""
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder / WEIGHTS}: {error}") from error
+        metadata = files.safetensors_header(folder / WEIGHTS, MAX_HEADER_BYTES).get("__metadata__") or {}
+    except ValueError as error:
+        raise AdapterError(f"{folder / WEIGHTS}: {error}.") from error
+    if not isinstance(metadata, dict):
+        raise AdapterError(f"{folder / WEIGHTS}: its metadata is no object.")
+    return {str(key): str(value) for key, value in metadata.items()}
 
 
 def load(model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base: bool = False) -> AdapterConfig:
@@ -209,7 +204,10 @@ def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple
         raise AdapterError(
             f"{folder / CONFIG}: target_modules {list(config.target_modules)} match nothing in this model"
         )
-    loaded = _read_tensors(folder / WEIGHTS, expected)
+    try:
+        loaded = files.read_tensors(folder / WEIGHTS, expected)
+    except ValueError as error:
+        raise AdapterError(f"{folder / WEIGHTS}: {error}") from error
     scale = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
     return {
         f"{name}.weight": Update(
@@ -217,22 +215,3 @@ def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple
         )
         for name in targets
     }
-
-
-def _read_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            wrong = [f"missing: {name} {expected[name]}" for name in expected if name not in found]
-            wrong += [f"not of this model: {name} {found[name]}" for name in found if name not in expected]
-            wrong += [
-                f"shape of {name}: {found[name]}, this model needs {shape}"
-                for name, shape in expected.items()
-                if found.get(name, shape) != shape
-            ]
-            if wrong:
-                more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
-                raise AdapterError(f"{path} does not fit this model:\n  " + "\n  ".join(wrong[:20] + more))
-            return {name: file.get_tensor(name) for name in found}
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: {error}") from error

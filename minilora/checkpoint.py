@@ -4,22 +4,22 @@ import dataclasses
 import hashlib
 import json
 import re
+import reprlib
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minilora import files
-from minilora.errors import CheckpointError
+from minilora.errors import CheckpointError, StorageError
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
-MAX_MANIFEST_BYTES = 4 * 2**20
 EMPTY_SAFETENSORS_BYTES = 64  # a header without tensors
 # Keys a resumed run may change: they decide how long, how fast and how talkative a run is, not what a step computes.
 FREE_KEYS = frozenset(
@@ -64,9 +64,10 @@ class Identity:
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """What has changed since `saved` was written, a line each; FREE_KEYS may."""
-        before = saved.get("config", {})
+        before = saved.get("config")
+        before = before if isinstance(before, dict) else {}
         changed = [
-            f"{key}: was {before.get(key)!r}, is {value!r}"
+            f"{key}: was {reprlib.repr(before.get(key))}, is {value!r}"
             for key, value in self.config.items()
             if key not in FREE_KEYS and before.get(key) != value
         ]
@@ -95,6 +96,8 @@ def save(
     moments = {
         f"{name}.{key}": value for name, param in params.items() for key, value in optimizer.state[param].items()
     }
+    with files.storage_errors(path.parent):
+        files.sweep(path.parent)
     with files.new_folder(path) as folder:
         records = {
             WEIGHTS: files.write_file(folder / WEIGHTS, files.safetensors_chunks(params, {"format": "pt"})),
@@ -108,7 +111,10 @@ def save(
             **dataclasses.asdict(identity),
         }
         files.write_file(folder / MANIFEST, files.json_chunks(manifest | {"sha256": _own_sha256(manifest)}))
-    validate(path)
+    try:
+        validate(path)
+    except CheckpointError as error:  # nothing but the disk can have done this
+        raise StorageError(f"{error} What was saved before is intact.") from error
     with files.storage_errors(path.parent):
         for old in checkpoints(run)[keep:] if keep else []:
             if old != path:
@@ -142,8 +148,16 @@ def validate(path: Path) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST)
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(f"{path / MANIFEST}: schema is {manifest.get('schema')!r}, this version reads {SCHEMA}.")
-    as_written = b"".join(files.json_chunks(manifest))
-    if manifest.get("sha256") != _own_sha256(manifest) or (path / MANIFEST).read_bytes() != as_written:
+    try:
+        content = files.read_bytes(path / MANIFEST)
+    except ValueError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error}.") from error
+    try:
+        as_written = b"".join(files.json_chunks(manifest))
+        unchanged = manifest.get("sha256") == _own_sha256(manifest) and content == as_written
+    except ValueError:  # numbers or characters that no manifest of ours holds
+        unchanged = False
+    if not unchanged:
         raise CheckpointError(f"{path / MANIFEST}: it has changed since it was written (sha256 differs).")
     records = manifest.get("files")
     if not isinstance(records, dict) or set(records) != {WEIGHTS, MOMENTS, STATE}:
@@ -155,7 +169,10 @@ def validate(path: Path) -> dict[str, Any]:
         if not isinstance(record, dict):
             raise CheckpointError(f"{path / MANIFEST}: the entry of {name} is not an object.")
         try:
-            size = file.stat().st_size
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{file}: not a regular file.")
+            size = status.st_size
             if size != record.get("size"):
                 raise CheckpointError(f"{file}: {size} bytes, the manifest says {record.get('size')}.")
             with open(file, "rb") as opened:
@@ -177,18 +194,11 @@ def is_valid(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of moderate size. Raises CheckpointError naming the file."""
+    """A JSON object from a file of a run. Raises CheckpointError naming the file."""
     try:
-        if path.stat().st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes, this is none of ours.")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: a JSON object is needed.")
-    return value
+        return files.read_json(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}.") from error
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
@@ -217,29 +227,34 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
     shapes = {f"{name}.{key}": tuple(p.shape) for name, p in params.items() for key in ("exp_avg", "exp_avg_sq")}
     stepped = manifest["files"][MOMENTS]["size"] > EMPTY_SAFETENSORS_BYTES  # not when every step so far was skipped
     moments = _read_tensors(path / MOMENTS, shapes | {f"{name}.step": () for name in params} if stepped else {})
-    fields = {field.name for field in dataclasses.fields(TrainState)}
-    saved = read_json(path / STATE)
-    if set(saved) != fields:
-        raise CheckpointError(
-            f"{path / STATE}: the fields are not those of this version: {sorted(set(saved) ^ fields)}"
-        )
+    state = _read_state(path / STATE)
     with torch.no_grad():
         for name, param in params.items():
             param.copy_(weights[name])
             if stepped:
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 optimizer.state[param] = {key: moments[f"{name}.{key}"].to(param.device) for key in keys}
-    return TrainState(**saved)
+    return state
 
 
 def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a file that must hold exactly these names and shapes."""
     try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            if found != shapes:
-                odd = sorted(set(found.items()) ^ set(shapes.items()))[:5]
-                raise CheckpointError(f"{path}: tensors do not fit this model: {odd}")
-            return {name: file.get_tensor(name) for name in found}
-    except (SafetensorError, OSError) as error:
+        return files.read_tensors(path, shapes)
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_state(path: Path) -> TrainState:
+    """Counters and losses of the types that TrainState says. Raises CheckpointError."""
+    saved = read_json(path)
+    kinds = {field.name: field.type for field in dataclasses.fields(TrainState)}
+    if set(saved) != set(kinds):
+        raise CheckpointError(
+            f"{path}: the fields are not those of this version: {sorted(set(saved) ^ set(kinds))[:5]}"
+        )
+    allowed = {"int": (int,), "float": (int, float), "float | None": (int, float, type(None))}
+    for key, value in saved.items():
+        fits = isinstance(value, allowed[str(getattr(kinds[key], "__name__", kinds[key]))])
+        if not fits or isinstance(value, bool) or (value is not None and not abs(value) < 2**62):
+            raise CheckpointError(f"{path}: {key} = {reprlib.repr(value)} is not usable.")
+    return TrainState(**saved)

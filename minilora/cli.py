@@ -230,6 +230,12 @@ def run(argv: Sequence[str]) -> int:
     return VERBS[argv[0]][0](argv[1:])
 
 
+def printable(text: str, longest: int = 600) -> str:
+    """A message without control characters (a file may have put them there), its lines cut to a readable length."""
+    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:longest]) for line in text.split("\n")]
+    return "\n".join(line + ("..." if len(line) >= longest else "") for line in lines[:80])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code. --debug shows the traceback of an error."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -240,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MiniloraError as error:
         if debug:
             raise
-        print(f"{PROG}: {error}", file=sys.stderr)
+        print(f"{PROG}: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted", file=sys.stderr)
@@ -252,7 +258,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         if isinstance(error, (OSError, MemoryError)):
-            print(f"{PROG}: {error}", file=sys.stderr)
+            print(f"{PROG}: {printable(str(error))}", file=sys.stderr)
         else:
-            print(f"{PROG}: a mistake of ours: {type(error).__name__}: {error}. --debug shows where.", file=sys.stderr)
+            what = printable(f"{type(error).__name__}: {error}")
+            print(f"{PROG}: a mistake of ours: {what}. --debug shows where.", file=sys.stderr)
         return 4 if isinstance(error, MemoryError) else 1

@@ -5,6 +5,7 @@ import difflib
 import math
 import operator
 import re
+import reprlib
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,9 @@ from typing import Any, Literal
 
 from minilora.errors import ConfigError
 
+MAX_TOML_BYTES = 2**20
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 120
 PRESET_DIR = Path(__file__).parent / "presets"
 TARGET_GROUPS = {
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -151,12 +155,12 @@ def resolve(source: str | None, flags: Mapping[str, Any], base: Mapping[str, Any
             values.pop("eval_file", None)
         for name, given in layer.items():
             if name not in FIELDS:
-                found.append(f"{where}: there is no key {name!r}.{nearest(name, FIELDS)}")
+                found.append(f"{where}: there is no key {SHORT.repr(name)}.{nearest(name[:99], FIELDS)}")
                 continue
             try:
                 values[name] = coerce(name, given)
             except ValueError as error:
-                found.append(f"{where}: {name} = {given!r} {error}.")
+                found.append(f"{where}: {name} = {SHORT.repr(given)} {error}.")
     if found:
         good = {name: value for name, value in values.items() if name in FIELDS}
         raise ConfigError("\n".join(found + _limits_of(good)))
@@ -181,7 +185,13 @@ def read_source(source: str) -> dict[str, Any]:
             f"{source!r} is no preset ({', '.join(presets)}) and no .toml file.{nearest(source, presets)}"
         )
     try:
-        values = tomllib.loads(path.read_text("utf-8"))
+        if not path.is_file():
+            raise ConfigError(f"{path}: cannot be read: {'not a regular file' if path.exists() else 'no such file'}.")
+        with open(path, "rb") as file:
+            content = file.read(MAX_TOML_BYTES + 1)
+        if len(content) > MAX_TOML_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_TOML_BYTES:,} bytes.")
+        values = tomllib.loads(content.decode("utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:

@@ -1,20 +1,26 @@
-"""Writing so that no reader meets half of a file or folder: a crash at any moment leaves the old or the new."""
+"""Files: written so that no reader meets half of one, read as if a stranger had made them."""
 
 import hashlib
 import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minilora.errors import StorageError
 
+MAX_JSON_BYTES = 4 * 2**20
+MAX_JSON_DEPTH = 64
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of a number
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -50,7 +56,9 @@ def storage_errors(path: Path) -> Iterator[None]:
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
     """Write a new file and force it to the disk."""
     digest, size = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)  # the umask applies
+    with suppress(FileNotFoundError):
+        os.unlink(path)  # it may be a link, planted or left over: what it points to is not ours
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask applies
     try:
         for chunk in chunks:
             digest.update(chunk)
@@ -130,6 +138,103 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder: half-written and half-removed entries."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name.startswith(".") and entry.name.endswith((".partial", ".removed")):
+            shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else os.unlink(entry)
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a regular file. Raises ValueError with the reason; never waits on a pipe, never fills the memory."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("not a regular file")
+            content = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    if len(content) > max_bytes:
+        raise ValueError(f"larger than {max_bytes:,} bytes")
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of moderate size and depth. Raises ValueError with the reason."""
+    content = read_bytes(path)
+    depth = deepest = 0
+    for byte in content:  # brackets in texts count too: a bound, not a measure
+        depth += (byte in b"[{") - (byte in b"]}")
+        deepest = max(deepest, depth)
+    if deepest > MAX_JSON_DEPTH:
+        raise ValueError("nested too deeply")
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError("a JSON object is needed")
+    return value
+
+
+def safetensors_header(path: Path, max_bytes: int) -> dict[str, Any]:
+    """The header of a safetensors file that is no longer than max_bytes. Raises ValueError with the reason."""
+    start = 8
+    try:
+        size = path.stat().st_size
+        if not path.is_file():
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(start), "little")
+            if size < start or length > size - start:
+                raise ValueError("not a safetensors file: its header is longer than the file")
+            if length > max_bytes:
+                raise ValueError(f"its header has {length:,} bytes; at most {max_bytes:,} are read")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+    except RecursionError as error:
+        raise ValueError("not a safetensors file: its header is nested too deeply") from error
+    if not isinstance(header, dict):
+        raise ValueError("not a safetensors file: its header is no object")
+    return header
+
+
+def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The floating-point tensors of a safetensors file that must hold exactly these names and shapes.
+
+    Raises ValueError that lists every missing, extra and misshapen tensor, before any of them is read.
+    """
+    header = safetensors_header(path, 2**18 + 1024 * len(shapes))
+    header.pop("__metadata__", None)
+    try:
+        found = {name: (str(entry["dtype"]), tuple(entry["shape"])) for name, entry in header.items()}
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not a safetensors file: {error!r}") from error
+    wrong = [f"missing: {name} {shapes[name]}" for name in shapes if name not in found]
+    wrong += [f"not of this model: {name} {found[name][1]}" for name in found if name not in shapes]
+    wrong += [
+        f"shape of {name}: {found[name][1]}, this model needs {shape}"
+        for name, shape in shapes.items()
+        if name in found and found[name][1] != shape
+    ]
+    wrong += [
+        f"dtype of {name}: {dtype}, no floating point" for name, (dtype, _) in found.items() if dtype not in FLOATS
+    ]
+    if wrong:
+        more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
+        raise ValueError("does not fit this model:\n  " + "\n  ".join(wrong[:20] + more))
+    expected = sum(math.prod(shape) * FLOATS[found[name][0]] for name, shape in shapes.items())
+    try:
+        if path.stat().st_size > 2**21 + 1024 * len(shapes) + expected:
+            raise ValueError("it is larger than its tensors")
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in shapes}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(str(error)) from error
 
 
 def json_chunks(value: object) -> Iterator[bytes]:

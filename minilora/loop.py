@@ -22,7 +22,6 @@ from minilora.record import record_evaluation, record_step, save_checkpoint, shr
 from minilora.run import Run, prepare
 from minilora.stopping import StopRequest
 
-
 EVAL_GROUP = 256  # examples cut into micro-batches together: as many as that pack well
 
 
@@ -34,7 +33,7 @@ def train(config: TrainConfig) -> Summary:
         try:
             while True:
                 evaluate_and_save(run)
-                if state.step == schedule.num_steps:
+                if state.step >= schedule.num_steps:
                     return finish(run, "completed")
                 if config.early_stopping_patience and state.evals_since_best >= config.early_stopping_patience:
                     return finish(run, "early stopping")
@@ -53,7 +52,7 @@ def evaluate_and_save(run: Run) -> None:
     eval_due = state.step == 0 or (state.step % config.eval_steps == 0 if config.eval_steps else done)
     if run.eval_set is not None and eval_due and state.evaluated_step != state.step:
         record_evaluation(run, evaluate(run, run.eval_set))
-    last = state.step == run.schedule.num_steps
+    last = state.step >= run.schedule.num_steps
     if state.step and (last or (state.step % config.save_steps == 0 if config.save_steps else done)):
         save_checkpoint(run)
 
@@ -113,7 +112,7 @@ def gradients(run: Run, examples: list[Example], supervised: int) -> Tensor:
                 raise
         run.optimizer.zero_grad(set_to_none=True)
         free_cached(run.device)
-        shrink_budget(run, examples)
+        shrink_budget(run, [len(example.input_ids) for example in examples])
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -121,9 +120,20 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-@torch.no_grad()
 def evaluate(run: Run, dataset: Dataset) -> float:
-    """Mean loss over the supervised tokens of a data set, in nats."""
+    """Mean loss over the supervised tokens of a data set, in nats; begins again when memory runs out."""
+    while True:
+        try:
+            return _evaluate(run, dataset)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        free_cached(run.device)
+        shrink_budget(run, dataset.lengths)
+
+
+@torch.no_grad()
+def _evaluate(run: Run, dataset: Dataset) -> float:
     total = torch.zeros((), device=run.device, dtype=torch.float64)
     supervised = 0
     with packed(run.model.eval()):

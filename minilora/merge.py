@@ -1,7 +1,6 @@
 """An adapter folded into its base: W0 + scale * B A in fp32, rounded once, written shard by shard."""
 
 import gc
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from minilora import adapter, files
 from minilora.data import ChatMarkup
 from minilora.errors import AdapterError
 from minilora.generate import load_speaker, probe_logits
-from minilora.model import find_model, fingerprint_of, load_tokenizer, weight_files
+from minilora.model import find_model, folder_fingerprint, load_tokenizer, weight_files
 from minilora.output import probe
 
 DTYPES_BY_NAME = {name: dtype for dtype, name in files.SAFETENSORS_DTYPES.items()}
@@ -46,10 +45,10 @@ def merge(
     base = find_model(model_name or config.base_model)
     if output_folder.exists() and any(output_folder.iterdir()):
         raise AdapterError(f"{output_folder} is not empty: give another --output_dir")
-    base_config = json.loads((base / "config.json").read_text("utf-8"))
+    base_config = files.read_json(base / "config.json")
     if "quantization_config" in base_config:
         raise AdapterError(f"{base} is quantised: merge into the original model instead, --model NAME")
-    adapter.check_base(adapter_folder, config, fingerprint_of(base_config, _all_tensors(base)), allow_other_base)
+    adapter.check_base(adapter_folder, config, folder_fingerprint(base, _all_tensors(base)), allow_other_base)
     updates = adapter.read_updates(adapter_folder, config, _shapes(base))
     with files.new_folder(output_folder) as aside:
         for file in base.iterdir():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,12 +54,12 @@ def find_model(name: str) -> Path:
 
     Raises ModelError that says what was tried; an unreachable hub is noticed within HUB_TIMEOUT_S.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # never raises, whatever the name is
         if not (folder / "config.json").is_file():
             raise ModelError(f"{name} is no model folder: it has no config.json.")
         return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if os.path.exists(folder) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name!r}: there is no such folder, and it is no hub name (OWNER/NAME).")
     return cached_model(name) or _download(name)
 
@@ -150,13 +151,23 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _refuse_inexact(config)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        weight_files(folder)  # an index may name files elsewhere
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+    model, info = loaded
+    if odd := [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]:
+        raise ModelError(f"{folder}: its weights are not those of its config.json: {odd[0]} and {len(odd) - 1} more.")
     model.generation_config.pad_token_id = model.generation_config.pad_token_id or config.pad_token_id
     model.requires_grad_(False)
     return nn.Module.to(model, device).eval()
@@ -214,13 +225,24 @@ def fingerprint(model: nn.Module) -> str:
     return fingerprint_of(model.config.to_dict(), base_tensors(model))  # type: ignore[operator, union-attr]
 
 
+def folder_fingerprint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The identity of the base in a folder, as `fingerprint` gives it once the base is loaded."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+    return fingerprint_of(config.to_dict(), tensors)
+
+
 def fingerprint_of(config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The identity of a base: sha256 over its shape in words, tensor names and shapes, and sampled weights.
 
     Samples are rounded to bfloat16, so that a base in fp32 and the same base in bf16 are one.
     """
     keys = [*("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")]
-    keys += ["num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "rope_parameters"]
+    keys += ["num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "hidden_act"]
     digest = hashlib.sha256(json.dumps({key: config.get(key) for key in keys}, sort_keys=True).encode())
     parts = []
     for name, tensor in tensors:
@@ -240,7 +262,12 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
-    names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    if bad := [name for name in names if Path(name).name != name]:
-        raise ModelError(f"{index}: {bad[0]!r} is not the name of a file beside it.")
+    try:
+        names = json.loads(index.read_bytes())["weight_map"].values()
+        names = sorted(set(names))
+        bad = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index}: it does not say which file holds which tensor ({_first_line(error)}).") from error
+    if bad or not names:
+        raise ModelError(f"{index}: {bad[:1] or 'nothing'} is not the name of a safetensors file beside it.")
     return [folder / name for name in names]

@@ -1,6 +1,7 @@
 """What a run leaves behind: an adapter or a model folder, reloaded from the disk and compared before it is done."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def save_adapter(
     folder: Path, model: Any, tokenizer: Any, config: adapter.AdapterConfig, metadata: dict[str, str]
 ) -> None:
     """An adapter folder: complete at once when it is new, its weights exchanged at once when it is not."""
-    if folder.exists():
+    with files.storage_errors(folder):
+        there = os.path.lexists(folder)
+    if there:
         adapter.save(folder, model, config, metadata)
         return
     with files.new_folder(folder) as aside:

@@ -2,14 +2,15 @@
 
 import dataclasses
 import math
+import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minilora import adapter, checkpoint, output
-from minilora.data import Example
+from minilora import adapter, checkpoint, files, output
 from minilora.errors import DivergedError, OutOfMemoryError
 from minilora.memory import gib, peak_memory_bytes
 from minilora.run import Run
@@ -52,7 +53,7 @@ def record_evaluation(run: Run, loss: float) -> None:
             save_result(run, run.folder / "best")
     else:
         state.evals_since_best += 1
-    state.first_eval_loss = loss if state.step == 0 else state.first_eval_loss
+    state.first_eval_loss = loss if state.step == 0 and math.isfinite(loss) else state.first_eval_loss
     state.last_eval_loss = loss if math.isfinite(loss) else state.last_eval_loss
     state.evaluated_step = state.step
 
@@ -62,6 +63,8 @@ def save_checkpoint(run: Run) -> Path:
     path = checkpoint.checkpoint_path(run.folder, run.state.step)
     if path.exists() and checkpoint.is_valid(path):
         return path
+    with files.storage_errors(run.folder):
+        os.stat(run.folder)  # a folder that has vanished must not come back with a checkpoint and nothing else
     return checkpoint.save(run.folder, run.model, run.optimizer, run.state, run.identity, run.config.save_total_limit)
 
 
@@ -72,7 +75,7 @@ def save_result(run: Run, folder: Path) -> None:
         output.save_model(folder, run.model, run.tokenizer, run.dtype)
         return
     settings = adapter.AdapterConfig(
-        base_model=str(run.base_folder.resolve()) if Path(config.model).expanduser().is_dir() else config.model,
+        base_model=str(run.base_folder.resolve()) if os.path.isdir(os.path.expanduser(config.model)) else config.model,
         rank=config.lora_r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
@@ -86,6 +89,8 @@ def save_result(run: Run, folder: Path) -> None:
 def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
     """Leave the weights as they are; after MAX_SKIPPED_IN_A_ROW such steps, save the last good state and stop."""
     state = run.state
+    if state.skipped_in_a_row == 0:
+        run.before_skipped = dataclasses.replace(state)
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
     lines = sorted(run.train_set.lines[indices].tolist())
@@ -93,9 +98,7 @@ def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
     if state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
         return
     good = state.step + 1 - MAX_SKIPPED_IN_A_ROW
-    run.state = dataclasses.replace(
-        state, step=good, skipped_in_a_row=0, skipped_steps=state.skipped_steps - MAX_SKIPPED_IN_A_ROW
-    )
+    run.state = run.before_skipped or dataclasses.replace(state, step=good, skipped_in_a_row=0)
     saved = save_checkpoint(run)
     checkpoint.remove_after(run.folder, good)  # one written among the skipped steps would pass them over
     raise DivergedError(
@@ -104,9 +107,9 @@ def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
     )
 
 
-def shrink_budget(run: Run, examples: list[Example]) -> None:
+def shrink_budget(run: Run, lengths: Sequence[int] | np.ndarray) -> None:
     """Halve the token budget for the rest of the run. Raises OutOfMemoryError when examples already went one by one."""
-    longest = max(len(example.input_ids) - 1 for example in examples)
+    longest = int(max(lengths)) - 1
     if run.state.max_tokens <= longest:
         cheaper = [] if run.config.gradient_checkpointing else ["--gradient_checkpointing"]
         cheaper += [f"--max_length {longest // 2}", "a smaller --lora_r", "a smaller --model"]
@@ -115,4 +118,4 @@ def shrink_budget(run: Run, examples: list[Example]) -> None:
             f"In order of cost: {', '.join(cheaper)}."
         )
     run.state.max_tokens = max(longest, run.state.max_tokens // 2)
-    run.log.note(f"out of memory: the step begins again with {run.state.max_tokens:,} tokens a micro-batch")
+    run.log.note(f"out of memory: beginning again with {run.state.max_tokens:,} tokens a micro-batch")

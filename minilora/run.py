@@ -47,6 +47,7 @@ class Run:
     identity: Identity
     log: runlog.RunLog
     stop: StopRequest
+    before_skipped: TrainState | None = None  # the state before the first of several skipped steps
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 matrix products where the run computes in bf16."""

@@ -41,7 +41,8 @@ class RunLog:
         self._logging_steps = logging_steps
         self._trim(kept_step)
         with files.storage_errors(self._path):
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            self._descriptor = os.open(self._path, flags, 0o666)
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
         self._started, self._done_before = time.monotonic(), first_step
@@ -95,13 +96,12 @@ class RunLog:
 
     def _write(self, record: dict[str, Any]) -> None:
         with files.storage_errors(self._path):
-            self._file.write(json.dumps(record, allow_nan=False) + "\n")
-            self._file.flush()
+            os.write(self._descriptor, (json.dumps(record, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
         """The run is over, or stops here."""
         self._bar.close()
-        self._file.close()
+        os.close(self._descriptor)
 
 
 def _number(value: float | None, shape: str) -> str:

@@ -352,12 +352,21 @@ def _child(request: dict) -> None:
 
 def fill(path: str) -> None:
     """Opened for writing, this file is one on a full disk."""
-    real = builtins.open
+    real_open, real_os_open = builtins.open, os.open
 
     def opened(file, mode="r", *args, **kwargs):
-        return real("/dev/full" if os.fspath(file) == path and mode != "r" else file, mode, *args, **kwargs)
+        return real_open("/dev/full" if file_is(file, path) and mode != "r" else file, mode, *args, **kwargs)
 
-    builtins.open = opened
+    def os_opened(file, flags, *args, **kwargs):
+        return real_os_open(
+            "/dev/full" if file_is(file, path) and flags & os.O_WRONLY else file, flags, *args, **kwargs
+        )
+
+    builtins.open, os.open = opened, os_opened
+
+
+def file_is(file, path: str) -> bool:
+    return not isinstance(file, int) and os.fspath(file) == path
 
 
 def give_up_overriding_permissions() -> None:

@@ -212,10 +212,12 @@ def test_blocks_in_bf16_are_as_exact_as_sdpa(prefix):
 
     exact = attention_results(plain, [tensor.double() for tensor in operands], dy)
     sdpa = attention_results(plain, operands, dy)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = attention_results(
-            lambda q, k, v: packed_attention(None, q, k, v, None, 0.3, layout=layout)[0], operands, dy
-        )
+
+    def packed_under_autocast(q, k, v):  # the backward runs outside, as in the loop
+        with torch.autocast("cpu", torch.bfloat16):
+            return packed_attention(None, q, k, v, None, 0.3, layout=layout)[0]
+
+    ours = attention_results(packed_under_autocast, operands, dy)
     for name, truth, theirs, found in zip(("out", "dq", "dk", "dv"), exact, sdpa, ours, strict=True):
         assert found.dtype == torch.bfloat16
         assert relative_error(found, truth) <= 1.5 * relative_error(theirs, truth), name

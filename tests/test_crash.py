@@ -148,7 +148,8 @@ def killed(whole: Whole, folder: Path, trials: int, workers: int, seed: int) -> 
     bad = {i: wrong for i, (_, wrong) in enumerate(results) if wrong}
     print(f"\nkill -9: {trials - len(bad)} of {trials} resumed to the bit; {dict(Counter(s for s, _ in results))}")
     assert not bad
-    assert sum(stage != "too late" for stage, _ in results) > 0.7 * trials, "most moments must hit the run"
+    in_time = sum(stage != "too late" for stage, _ in results)
+    assert in_time > 0.7 * trials or (trials < 10 and in_time), "most moments must hit the run"
 
 
 def test_kill_9(short, tmp_path):

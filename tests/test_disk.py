@@ -48,6 +48,7 @@ class Saved:
             self.optimizer.zero_grad()
 
     def save(self, run: Path, keep: int) -> Path:
+        run.mkdir(exist_ok=True)
         return checkpoint.save(run, self.model, self.optimizer, self.state, IDENTITY, keep)
 
 

@@ -3,6 +3,7 @@
 Nothing is read or written outside of the folders that were named, and nothing that lies in a file is ever run.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -57,14 +58,14 @@ def attempt(work, kinds=(MiniloraError,)) -> tuple[Exception | None, list[str]]:
     return error, wrong
 
 
-def guarded(work, seconds=4) -> dict:
-    """work() in a child that is ended when it hangs and cannot take much memory: {"error", "kinds"}, or how it ended."""
+def guarded(work, seconds=2) -> dict:
+    """work() in a child that is ended when it hangs and cannot take much memory: {"error", "kinds"}."""
 
     def limited():
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(seconds)
-        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (size + 2 * MAX_BYTES,) * 2)
+        used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (used + MAX_BYTES,) * 2)  # mapping a file takes no memory
         try:
             work()
         except Exception as error:
@@ -89,6 +90,7 @@ class Small:
         self.optimizer.step()
 
     def save(self, run: Path) -> Path:
+        run.mkdir(parents=True, exist_ok=True)
         return checkpoint.save(run, self.model, self.optimizer, TrainState(step=1), IDENTITY, 0)
 
     def load(self, path: Path) -> TrainState:
@@ -138,7 +140,7 @@ def hostile(good_adapter, tmp_path) -> Path:
 def read_adapter(folder: Path, base) -> None:
     """Everything that loading an adapter reads, but for putting it into the model."""
     config = adapter.read_config(folder)
-    adapter.check_base(folder, config, adapter.read_metadata(folder).get("base_fingerprint", ""), False)
+    adapter.check_base(folder, config, model.fingerprint(base), False)
     shapes = {
         f"{n}.weight": (m.out_features, m.in_features) for n, m in base.named_modules() if isinstance(m, nn.Linear)
     }
@@ -153,19 +155,19 @@ def packed(header, data: bytes, length: int | None = None) -> bytes:
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
-def spoilt_safetensors(whole: bytes) -> dict[str, bytes]:
+def spoilt_safetensors(whole: bytes, names: int = 150_000) -> dict[str, bytes]:
     """Hostile versions of a good file, by what is wrong with them."""
     size = int.from_bytes(whole[:8], "little")
     header, data = json.loads(whole[8 : 8 + size]), whole[8 + size :]
-    names = [name for name in header if name != "__metadata__"]
-    first, second = names[0], names[1]
+    tensors = sorted((n for n in header if n != "__metadata__"), key=lambda n: len(header[n]["shape"]) != 2)
+    first, second = tensors[0], tensors[1]
 
     def changed(name=first, **keys) -> bytes:
         return packed(header | {name: header[name] | keys}, data)
 
     start, end = header[first]["data_offsets"]
     doubled = json.dumps(header)[:-1] + f", {json.dumps(first)}: {json.dumps(header[second])}}}"
-    million = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(300_000)}
+    million = {f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(names)}
     return {
         "empty": b"",
         "one byte": b"\x00",
@@ -182,7 +184,7 @@ def spoilt_safetensors(whole: bytes) -> dict[str, bytes]:
         "header is no UTF-8": packed(b'{"\xff\xfe": 1}', data),
         "header nested 100,000 deep": packed(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, data),
         "header with NaN": packed(b'{"a": NaN}', data),
-        "300,000 tensors": packed(million, b""),
+        "very many tensors": packed(million, b""),
         "20 MB of metadata": packed(header | {"__metadata__": {"base_fingerprint": "x" * 20_000_000}}, data),
         "metadata of numbers": packed(header | {"__metadata__": {"base_fingerprint": 7}}, data),
         "metadata is a list": packed(header | {"__metadata__": []}, data),
@@ -208,10 +210,10 @@ def spoilt_safetensors(whole: bytes) -> dict[str, bytes]:
         "shape of 2^40 numbers": changed(shape=[2**20, 2**20]),
         "shape negative": changed(shape=[-2, -64]),
         "shape is text": changed(shape="2,64"),
-        "shape transposed": changed(shape=header[first]["shape"][::-1]),
+        "shape transposed": changed(shape=[*header[first]["shape"][::-1], 1]),
         "shape of 100,000 dimensions": changed(shape=[1] * 100_000),
         "a name twice": packed(doubled.encode(), data),
-        "a tensor missing": packed({k: v for k, v in header.items() if k != names[-1]}, data),
+        "a tensor missing": packed({k: v for k, v in header.items() if k != tensors[-1]}, data),
         "a tensor more": packed(header | {"evil": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}, data),
         "a tensor renamed": packed({("evil" if k == first else k): v for k, v in header.items()}, data),
         "a pickle": pickle.dumps({"a": [1, 2, 3]}),
@@ -258,7 +260,6 @@ def test_hostile_safetensors_in_a_checkpoint(tmp_path):
     """With a manifest that agrees with them."""
     small = Small()
     path = small.save(tmp_path)
-    before = small.model.weight.tolist()
     small.load(path)
     total, bad = 0, {}
     for name in (WEIGHTS, MOMENTS):
@@ -267,6 +268,7 @@ def test_hostile_safetensors_in_a_checkpoint(tmp_path):
             total += 1
             (path / name).write_bytes(content)
             sign(path)
+            before = small.model.weight.tolist()
             error, wrong = attempt(lambda: small.load(path), CheckpointError)
             if error is None:
                 wrong.append("loaded")
@@ -289,7 +291,7 @@ def test_hostile_safetensors_as_a_base(tiny_folder, tmp_path):
     whole = path.read_bytes()
     harmless = ("dtype of whole numbers", "dtype of unsigned numbers", "20 MB of metadata", "a tensor more")
     bad = {}
-    cases = {what: content for what, content in spoilt_safetensors(whole).items() if what not in harmless}
+    cases = {what: content for what, content in spoilt_safetensors(whole, names=3000).items() if what not in harmless}
     for what, content in cases.items():
         path.write_bytes(content)
         error, wrong = attempt(lambda: model.load_model(folder, torch.float32, CPU), ModelError)
@@ -357,7 +359,7 @@ def nested(depth: int):
 
 ODD_VALUES = [
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 1.5, 1e308, -1e308, 1e-320),
-    *("", "x", "\0", "\ud800", "../../x", "/etc/passwd", "x" * 100_000, "\x1b[2J", "NaN", "１２", [], {}, [[]], [None]),
+    *("", "x", "\0", "\ud800", "../../x", "/etc/passwd", "x" * 10_000, "\x1b[2J", "NaN", "１２", [], {}, [[]], [None]),
     *([1] * 1000, {"a": {"b": {}}}, {"": ""}, ["q_proj", 7], [["q_proj"]], {"q_proj": 1}, [0.5], ["x" * 10_000]),
     *(nested(50), nested(400), nested(900), nested(960)),
 ]
@@ -384,7 +386,7 @@ def paths_in(value, at=()):
 
 def mutate(value: dict, rng: random.Random, places=None) -> bytes | dict:
     """A JSON object with a few seeded changes: as an object, or as bytes where JSON cannot say it."""
-    value = json.loads(json.dumps(value))
+    value = copy.deepcopy(value)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         found = [place for place in paths_in(value) if places is None or place[0] in places]
         if not found:
@@ -407,11 +409,14 @@ def mutate(value: dict, rng: random.Random, places=None) -> bytes | dict:
 
 def as_bytes(value: dict, rng: random.Random) -> bytes:
     """The object's JSON, one time in three damaged as text."""
+    limits = sys.getrecursionlimit(), sys.get_int_max_str_digits()
+    sys.setrecursionlimit(10_000)
     sys.set_int_max_str_digits(0)
     try:
         text = json.dumps(value, indent=rng.choice((None, 2))).encode()
     finally:
-        sys.set_int_max_str_digits(4300)
+        sys.setrecursionlimit(limits[0])
+        sys.set_int_max_str_digits(limits[1])
     how = rng.randrange(18)
     place = rng.randrange(len(text))
     if how == 0:
@@ -662,24 +667,30 @@ def test_mutated_toml(tmp_path):
     report("mutated TOML", total, refused, bad)
 
 
-def test_what_is_said_of_a_hostile_file_is_short_and_printable(hostile, base):
+def test_what_is_said_of_a_hostile_file_is_short_and_printable(hostile, capsys):
     """Names in a file can hold what clears a terminal or renames its window; and they can be megabytes long."""
     said = []
+
+    def say():
+        assert cli.main(["generate", "--adapter", str(hostile), "x"]) == 2
+        said.append(capsys.readouterr().err)
+
+    path = hostile / adapter.CONFIG
+    good, tensors, metadata = path.read_text(), load_file(hostile / adapter.WEIGHTS), adapter.read_metadata(hostile)
     for name in ("\x1b[2J\x1b]0;x\x07", "x" * 3_000_000):
-        tensors = load_file(hostile / adapter.WEIGHTS)
-        metadata = adapter.read_metadata(hostile)
         save_file(tensors | {name: torch.zeros(1)}, hostile / adapter.WEIGHTS, metadata)
-        said.append(attempt(lambda: read_adapter(hostile, base))[0])
+        say()
+        save_file(tensors, hostile / adapter.WEIGHTS, metadata | {"base_fingerprint": name})
+        say()
         save_file(tensors, hostile / adapter.WEIGHTS, metadata)
-        path = hostile / adapter.CONFIG
-        good = path.read_text()
         for key in ("target_modules", "bias", "base_model_name_or_path", "r"):
             path.write_text(json.dumps(json.loads(good) | {key: [name] if key == "target_modules" else {name: name}}))
-            said.append(attempt(lambda: read_adapter(hostile, base))[0])
+            say()
+        path.write_text(json.dumps(json.loads(good) | {"base_model_name_or_path": name}))
+        say()
         path.write_text(good)
-    bad = [f"{len(str(error)):,} characters" for error in said if len(str(error)) > 20_000]
-    bad += ["control characters" for error in said if any(ord(c) < 32 and c != "\n" for c in str(error))]
-    assert None not in said
+    bad = [f"{len(text):,} characters: {text[:100]}" for text in said if len(text) > 20_000]
+    bad += [repr(text[:100]) for text in said if any(ord(c) < 32 and c != "\n" for c in text)]
     assert not bad
 
 
@@ -733,7 +744,8 @@ def test_shards_elsewhere_are_not_read(tiny_folder, good_adapter, tmp_path, outs
             "merge": lambda: merge.merge(good_adapter, tmp_path / "merged", str(base)),
         }.items():
             error, wrong = attempt(work)
-            if error is None or wrong or watched.events():
+            accepted = error is None and what != "weight_files"  # on Linux a backslash is a letter like others
+            if accepted or wrong or watched.events():
                 read[f"{what} {shard!r}"] = wrong or "was read"
     assert not read
     assert not (tmp_path / "merged").exists()
@@ -749,8 +761,8 @@ def test_an_index_that_is_none(tiny_folder, good_adapter, tmp_path):
             "merge": lambda: merge.merge(good_adapter, tmp_path / "merged", str(base)),
         }.items():
             error, wrong = attempt(work)
-            if error is None or wrong:
-                bad[f"{what} {content[:30]!r}"] = wrong or "accepted"
+            if error is None or wrong or str(base) not in str(error):
+                bad[f"{what} {content[:30]!r}"] = wrong or f"accepted, or not named: {error}"
     assert not bad
 
 
@@ -1052,7 +1064,7 @@ def test_nothing_in_an_adapter_is_run(hostile, tmp_path, canary, attack, monkeyp
 
 
 def test_nothing_in_a_run_folder_is_run(make_config, tmp_path, canary, quiet_finish, monkeypatch):
-    """Pickles under the names that Trainer gives them, beside a checkpoint and in place of its files; then gone on with."""
+    """Pickles under the names that Trainer gives them, beside a checkpoint and in place of its files."""
     config = make_config(save_steps=2)
     loop.train(config)
     run = Path(config.output_dir)

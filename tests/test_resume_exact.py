@@ -5,15 +5,17 @@ import json
 import shutil
 from pathlib import Path
 
+import faults
 import pytest
 import torch
 from conftest import write_jsonl
 from safetensors.torch import load_file
 
 from minilora import checkpoint, loop
+from minilora.errors import MiniloraError
 
 STEPS = 24
-SUBSET = (1, 8, 13, 23)  # the first step, an epoch's end, the middle of an epoch, the last step but one
+SUBSET = (2, 13, 16, 23)  # early, the middle of an epoch, an epoch's end, the last step but one
 CLOCKS = ("seconds",)
 
 
@@ -112,8 +114,32 @@ def test_resumed_to_the_bit(whole, tmp_path, quiet_finish):
 
 @pytest.mark.soak
 def test_resumed_to_the_bit_at_every_step_soak(whole, tmp_path, quiet_finish):
-    check(whole, range(1, STEPS), tmp_path)
-    check(whole, [STEPS], tmp_path)  # a finished run: nothing is left to do, and the result is written again
+    """The last is a finished run: nothing is left to do, and the result is written again."""
+    trials = faults.count("RESUMES", STEPS)
+    check(whole, sorted({STEPS - i * STEPS // trials for i in range(trials)}), tmp_path)
+
+
+def test_a_run_shortened_to_less_than_it_has_done_ends(whole, tmp_path, quiet_finish, monkeypatch):
+    """num_train_epochs and max_steps may change; a run beyond its new end once would never have ended."""
+    original = Path(whole.output_dir)
+    real = loop.train_step
+
+    def step(run):
+        assert run.state.step < run.schedule.num_steps, "it trains beyond its end"
+        return real(run)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    for keys in ({"num_train_epochs": 1.0}, {"max_steps": 5}):
+        folder = tmp_path / next(iter(keys))
+        shutil.copytree(original, folder, ignore=shutil.ignore_patterns("step-00000*", "adapter", ".lock"))
+        try:
+            summary = loop.train(dataclasses.replace(whole, output_dir=str(folder), resume="auto", **keys))
+        except MiniloraError as error:
+            said = str(error)
+            assert "epochs" in said or "steps" in said  # refusing it is as good an answer
+            continue
+        assert summary.steps == STEPS
+        assert (folder / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_the_comparison_sees_the_last_bit(whole, tmp_path):
