@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse all of argv; an unknown flag is answered with the nearest one."""
-        args, unknown = self.parse_known_args([normal(word) for word in argv])
+        end = argv.index("--") if "--" in argv else len(argv)  # what follows is text, whatever it looks like
+        args, unknown = self.parse_known_args([*map(normal, argv[:end]), *argv[end:]])
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
             hints = []
@@ -124,9 +126,10 @@ def speaker_parser(verb: str, description: str) -> Parser:
 
 def load_from(args: argparse.Namespace) -> tuple[Any, Any]:
     """(Speaker, Sampling) from parsed flags."""
-    if args.max_new_tokens < 1 or args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
+    good = args.max_new_tokens >= 1 and 0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0
+    if not good or not 0 <= args.seed < 2**63:
         raise ConfigError(
-            "--max_new_tokens must be at least 1, --temperature and --top_k at least 0, --top_p in (0, 1]"
+            "--max_new_tokens must be at least 1, --temperature, --top_k and --seed at least 0, --top_p in (0, 1]"
         )
     import torch
 
@@ -239,10 +242,11 @@ def printable(text: str, longest: int = 600) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point; returns the exit code. --debug shows the traceback of an error."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    debug = "--debug" in argv[:end]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        return run([word for word in argv if word != "--debug"])
+        return run([*(word for word in argv[:end] if word != "--debug"), *argv[end:]])
     except MiniloraError as error:
         if debug:
             raise
