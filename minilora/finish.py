@@ -43,9 +43,10 @@ def finish(run: Run, stop_reason: str) -> Summary:
     peak = peak_memory_bytes(run.device)
     save_result(run, result)
     ids = output.probe(run.markup, run.config.system_prompt)
-    live = run.model.to(run.dtype) if method == "full" else run.model
-    reference = probe_logits(live, ids)
-    del live
+    if method == "full":  # as they are saved; the rotary buffers stay in fp32, as a loaded model has them
+        for param in run.model.parameters():
+            param.data = param.data.to(run.dtype)
+    reference = probe_logits(run.model, ids)
     run.release()  # the card may not hold two bases
     base, apply = output.reload(run.base_folder, result, method, run.dtype, run.device)
     before = output.sample_answers(Speaker(base, run.tokenizer, run.markup, run.config.system_prompt))
