@@ -21,7 +21,8 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
 EMPTY_SAFETENSORS_BYTES = 64  # a header without tensors
-# Keys a resumed run may change: they decide how long, how fast and how talkative a run is, not what a step computes.
+# Keys a resumed run may change: how long, how fast and how talkative it is. Those of the cut change what dropout draws,
+# those of the length change the learning rate's schedule; an unchanged run goes on to the bit.
 FREE_KEYS = frozenset(
     (
         *("model", "train_file", "eval_file"),  # their content is compared, not their place

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from minilora import __version__
 from minilora.config import FIELDS, TYPES, TrainConfig, choices, resolve
-from minilora.errors import ConfigError, MiniloraError
+from minilora.errors import ConfigError, DataError, MiniloraError
 
 PROG = "minilora"
 
@@ -182,7 +182,12 @@ def chat_command(argv: Sequence[str]) -> int:
             turns = []
         elif said:
             turns.append(Turn("user", said))
-            texts = answer(speaker, [turns], sampling, on_text=lambda text: print(text, end="", flush=True))
+            try:
+                texts = answer(speaker, [turns], sampling, on_text=lambda text: print(text, end="", flush=True))
+            except DataError as error:  # too long, or no text: the conversation goes on without it
+                print(printable(str(error)), file=sys.stderr)
+                turns.pop()
+                continue
             print()
             turns.append(Turn("assistant", texts[0]))
 

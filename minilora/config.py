@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from minilora.errors import ConfigError
 
+DEVICE = r"auto|cpu|cuda(:\d{1,3})?"
 MAX_TOML_BYTES = 2**20
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 120
@@ -118,7 +119,7 @@ def problems(config: TrainConfig) -> list[str]:
                 found.append(f"{name} = {value} must be {words} {field.metadata[limit]}.")
     if config.eval_file and config.val_size:
         found.append("eval_file and val_size are two ways to evaluate: give one of them.")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
+    if not re.fullmatch(DEVICE, config.device):
         found.append(f"device = {config.device!r} is not one of auto, cpu, cuda, cuda:N.")
     if config.early_stopping_patience and not (config.eval_file or config.val_size):
         found.append("early_stopping_patience needs evaluations: give eval_file or val_size.")

@@ -151,7 +151,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     if len(line) > MAX_LINE_BYTES:
         raise ValueError(f"the line has {len(line):,} bytes; at most {MAX_LINE_BYTES:,} are read")
     try:
-        text = line.decode("utf-8")
+        text = line.decode("utf-8").rstrip("\r\n")  # the column of an error counts from the line
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})") from error
     try:

@@ -1,5 +1,6 @@
 """Files: written so that no reader meets half of one, read as if a stranger had made them."""
 
+import ctypes
 import hashlib
 import json
 import math
@@ -115,19 +116,30 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Put a folder in the place of another, which comes back should that fail."""
+    """Put a folder in the place of another: at once where the system can, else by two renames."""
     if not path.is_dir():
         os.rename(new, path)
         return
     old = path.with_name(f".{path.name}.removed")
     shutil.rmtree(old, ignore_errors=True)
-    os.rename(path, old)
-    try:
-        os.rename(new, path)
-    except OSError:
-        os.rename(old, path)
-        raise
+    if _swap(new, path):
+        os.rename(new, old)
+    else:
+        os.rename(path, old)
+        try:
+            os.rename(new, path)
+        except OSError:
+            os.rename(old, path)
+            raise
+    sync_folder(path.parent)  # the new name is on the disk before the old content goes
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Let two names change places at once (Linux: renameat2(2), RENAME_EXCHANGE). False where that cannot be done."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    return rename is not None and rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
 
 
 def remove_folder(path: Path) -> None:

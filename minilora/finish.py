@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from minilora import files, output, runlog
 from minilora.generate import Speaker, probe_logits
@@ -37,11 +38,16 @@ class Summary:
 
 def finish(run: Run, stop_reason: str) -> Summary:
     """Save the result, load it from the disk into a fresh model, compare, let it speak; write summary.json."""
+    result = run.folder / ("adapter" if run.config.method == "lora" else "model")
+    save_result(run, result)
+    with run.stop.interruptible():  # the rest only looks at what is saved
+        return _verify(run, stop_reason, result)
+
+
+def _verify(run: Run, stop_reason: str, result: Path) -> Summary:
     state, method = run.state, run.config.method
-    result = run.folder / ("adapter" if method == "lora" else "model")
     trained, total = parameter_counts(run.model)
     peak = peak_memory_bytes(run.device)
-    save_result(run, result)
     ids = output.probe(run.markup, run.config.system_prompt)
     if method == "full":  # as they are saved; the rotary buffers stay in fp32, as a loaded model has them
         for param in run.model.parameters():

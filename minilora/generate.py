@@ -75,10 +75,18 @@ def answer(
     """
     from transformers import TextStreamer
 
+    for turn in (turn for turns in conversations for turn in turns):
+        try:
+            turn.content.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError("the prompt is not UTF-8: its bytes are no text in the terminal's encoding") from error
     prompts = [speaker.markup.prompt_ids(turns, speaker.system_prompt) for turns in conversations]
     limit = speaker.model.config.max_position_embeddings - sampling.max_new_tokens
     if (longest := max(map(len, prompts))) > limit:
-        raise DataError(f"the prompt has {longest:,} tokens; this model takes {limit:,} before an answer.")
+        raise DataError(
+            f"the prompt has {longest:,} tokens; this model takes {max(0, limit):,} before an answer of "
+            f"{sampling.max_new_tokens:,}."
+        )
     pad = speaker.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])

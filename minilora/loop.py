@@ -28,7 +28,8 @@ EVAL_GROUP = 256  # examples cut into micro-batches together: as many as that pa
 def train(config: TrainConfig) -> Summary:
     """A whole run, from the JSONL file to the verified adapter."""
     with StopRequest() as stop, ExitStack() as held:
-        run = prepare(config, stop, held)
+        with stop.interruptible():
+            run = prepare(config, stop, held)
         state, schedule = run.state, run.schedule
         try:
             while True:
@@ -36,12 +37,19 @@ def train(config: TrainConfig) -> Summary:
                 if state.step >= schedule.num_steps:
                     return finish(run, "completed")
                 if config.early_stopping_patience and state.evals_since_best >= config.early_stopping_patience:
+                    save_checkpoint(run)
                     return finish(run, "early stopping")
                 run.log.step(train_step(run))
         except StoppedError as error:  # the step under way is lost, all before it is saved
             if state.step:
                 saved = save_checkpoint(run)
                 error.args = (f"{error}; saved {saved}. Go on with: python train.py --resume {run.folder}",)
+            else:
+                error.args = (f"{error} before the first step was done: there was nothing to save",)
+            raise
+        except BrokenPipeError:  # who read our output has gone; what was learned has not
+            if state.step:
+                save_checkpoint(run)
             raise
 
 
@@ -90,12 +98,13 @@ def train_step(run: Run) -> dict[str, Any]:
 def gradients(run: Run, examples: list[Example], supervised: int) -> Tensor:
     """Add up the gradient of (sum of nats) / supervised, micro-batch by micro-batch; returns that loss, a scalar.
 
-    However the step is cut, the gradient is the same: each micro-batch adds its sum over the one N of the whole step.
+    However the step is cut, the gradient is the same (with dropout: of the same distribution, its draws follow the
+    cut): each micro-batch adds its sum over the one N of the whole step.
     When memory runs out the step begins again with a smaller token budget.
     """
     while True:
         loss = torch.zeros((), device=run.device)
-        torch.manual_seed(step_seed(run.config.seed, run.state.step))  # dropout is a function of (seed, step)
+        torch.manual_seed(step_seed(run.config.seed, run.state.step))  # dropout: a function of seed, step and cut
         try:
             with packed(run.model.train()):
                 for part in cut([len(example.input_ids) - 1 for example in examples], run.state.max_tokens):

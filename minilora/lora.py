@@ -160,7 +160,10 @@ def inject(
     Returns their names. A is drawn from `seed`, whatever was drawn before. Raises ConfigError that lists the model's
     linear layers when a target matches none.
     """
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None  # the loss reads its weight: it is no layer to adapt
+    modules = dict(model.named_modules())
+    linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
     last = Counter(name.rpartition(".")[2] for name in linears)
     if unmatched := [target for target in target_modules if target not in last]:
         raise ConfigError(

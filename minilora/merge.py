@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minilora import adapter, files
 from minilora.data import ChatMarkup
-from minilora.errors import AdapterError
+from minilora.errors import AdapterError, ModelError
 from minilora.generate import load_speaker, probe_logits
 from minilora.model import find_model, folder_fingerprint, load_tokenizer, weight_files
 from minilora.output import probe
@@ -43,9 +43,14 @@ def merge(
     """
     config = adapter.read_config(adapter_folder)
     base = find_model(model_name or config.base_model)
-    if output_folder.exists() and any(output_folder.iterdir()):
-        raise AdapterError(f"{output_folder} is not empty: give another --output_dir")
-    base_config = files.read_json(base / "config.json")
+    if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
+        raise AdapterError(f"{output_folder} is a file, or not empty: give another --output_dir")
+    try:
+        base_config = files.read_json(base / "config.json")
+    except ValueError as error:
+        raise ModelError(f"{base / 'config.json'}: {error}.") from error
+    if missing := [file for file in weight_files(base) if not file.is_file()]:
+        raise ModelError(f"{missing[0]} is missing: {base} has no weights to merge into.")
     if "quantization_config" in base_config:
         raise AdapterError(f"{base} is quantised: merge into the original model instead, --model NAME")
     adapter.check_base(adapter_folder, config, folder_fingerprint(base, _all_tensors(base)), allow_other_base)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from minilora import attention
 from minilora.batching import Batch
+from minilora.config import DEVICE
 from minilora.errors import ConfigError, ModelError
 
 HUB_TIMEOUT_S = 3.0
@@ -23,6 +24,8 @@ SAMPLES_PER_TENSOR = 64
 
 def pick_device(name: str) -> torch.device:
     """auto | cpu | cuda | cuda:N as a device that is there. Raises ConfigError when it is not."""
+    if not re.fullmatch(DEVICE, name):
+        raise ConfigError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N.")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from minilora import adapter, checkpoint, files, output
 from minilora.errors import DivergedError, OutOfMemoryError
@@ -99,11 +100,14 @@ def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
         return
     good = state.step + 1 - MAX_SKIPPED_IN_A_ROW
     run.state = run.before_skipped or dataclasses.replace(state, step=good, skipped_in_a_row=0)
-    saved = save_checkpoint(run)
     checkpoint.remove_after(run.folder, good)  # one written among the skipped steps would pass them over
+    if all(bool(torch.isfinite(param).all()) for param in checkpoint.trainable(run.model).values()):
+        kept = f"The state before them is saved: {save_checkpoint(run)}."
+    else:
+        kept = "The weights themselves are not finite, and are not saved."
     raise DivergedError(
         f"no finite gradient in {MAX_SKIPPED_IN_A_ROW} steps in a row (steps {good + 1} to {state.step + 1}). "
-        f"The state before them is saved: {saved}. Lower --learning_rate, or look at the rows above."
+        f"{kept} Start anew with a lower --learning_rate, or look at the rows above."
     )
 
 

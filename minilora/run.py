@@ -24,7 +24,6 @@ from minilora.runlog import say
 from minilora.stopping import StopRequest
 
 MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
-MAX_SKIPPED_IN_A_ROW = 3
 
 
 @dataclass
@@ -145,8 +144,14 @@ def _trainable_model(
         model.requires_grad_(True)
     speed_up(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(model)
     return model, base_fingerprint
+
+
+def _checkpoint_activations(model: Any) -> None:
+    """Recompute activations in the backward pass; transformers gave its method a new name in 5.2x."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _state(

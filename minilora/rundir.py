@@ -19,7 +19,13 @@ def choose(config: TrainConfig) -> tuple[Path, Path | None, list[str]]:
     Raises ConfigError when a new run would overwrite another, CheckpointError when `resume` names no checkpoint.
     """
     if config.resume not in ("auto", "never"):
-        return _named(Path(config.resume))
+        run, found, notes = _named(Path(config.resume))
+        if config.output_dir and Path(config.output_dir).resolve() != run.resolve():
+            raise ConfigError(
+                f"--resume {config.resume} goes on in {run}, and --output_dir {config.output_dir} is another folder: "
+                "leave it out, or copy the run there and resume the copy."
+            )
+        return run, found, notes
     if config.resume == "never":
         run = Path(config.output_dir) if config.output_dir else _free_name(_stem(config))
         if (run / CONFIG).exists() or checkpoint.checkpoints(run):
@@ -31,12 +37,14 @@ def choose(config: TrainConfig) -> tuple[Path, Path | None, list[str]]:
     return run, found, [*notes, f"resuming from {found}" if found else f"no checkpoint in {run} yet: starting anew"]
 
 
-def _named(path: Path) -> tuple[Path, Path, list[str]]:
+def _named(path: Path) -> tuple[Path, Path | None, list[str]]:
     """The run and checkpoint that --resume PATH means: a checkpoint, or the newest valid one of a run."""
     if path.parent.name == "checkpoints":
         checkpoint.validate(path)
         return path.parent.parent, path, [f"resuming from {path}"]
     found, refused = checkpoint.newest_valid(path)
+    if found is None and not refused and (path / CONFIG).is_file():
+        return path, None, [f"no checkpoint in {path} yet: starting anew"]
     if found is None:
         why = "; ".join(refused) or "it has no checkpoints"
         raise CheckpointError(f"--resume {path}: no valid checkpoint there: {why}.")
@@ -62,8 +70,8 @@ def _free_name(stem: Path) -> Path:
 
 
 def _latest(stem: Path) -> Path:
-    names = _names(stem)
-    return names[-2] if len(names) > 1 else stem
+    """The newest run of this name that has something to go on from; a start that failed leaves an empty folder."""
+    return next((run for run in reversed(_names(stem)[:-1]) if checkpoint.checkpoints(run)), _free_name(stem))
 
 
 class RunLock:
@@ -99,4 +107,4 @@ def saved_config(path: Path) -> dict[str, Any]:
     saved = checkpoint.read_json(run / CONFIG).get("config")
     if not isinstance(saved, dict):
         raise CheckpointError(f"{run / CONFIG}: 'config' is missing: this is no run of minilora.")
-    return {key: value for key, value in saved.items() if key != "resume"}
+    return {key: value for key, value in saved.items() if key not in ("resume", "output_dir")}

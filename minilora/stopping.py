@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -13,6 +15,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number = 0
+        self._at_once = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -30,6 +33,22 @@ class StopRequest:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:
             os._exit(128 + number)  # asked twice: leave the last checkpoint as it is
         self.signal_number = number
+        if self._at_once:
+            raise KeyboardInterrupt  # not a StoppedError: `except Exception` must not take it for something else
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Inside, where nothing can be lost, a signal raises StoppedError where it comes, not at the next point."""
+        self._at_once = True
+        try:
+            self.check()
+            yield
+        except KeyboardInterrupt:
+            self._at_once = False
+            self.check()
+            raise
+        finally:
+            self._at_once = False
 
     def check(self) -> None:
         """Raise StoppedError if a signal has come."""

@@ -16,6 +16,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +50,7 @@ class Injector:
 
     def __init__(self, n: int, strike, inside: Path | None = None):
         self.n, self.strike, self.seen, self.hit = n, strike, 0, ""
+        self.parts: list[str] = []  # of each call so far, the first part of its path within `inside`
         self._inside = str(inside) if inside else ""
         self._busy = False
         self._descriptors: dict[int, str] = {}
@@ -74,11 +76,16 @@ class Injector:
         first = self._descriptors.get(args[0], "") if isinstance(args[0], int) else os.fspath(args[0])
         return str(first).startswith(self._inside)
 
+    def _part(self, args) -> str:
+        path = self._descriptors.get(args[0], "") if isinstance(args[0], int) else os.fspath(args[0])
+        return str(path).removeprefix(self._inside).strip("/").partition("/")[0]
+
     def _counted(self, name, real):
         def call(*args, **kwargs):
             if self._busy or (kwargs.get("dir_fd") is None and not self._concerns(args)):
                 return real(*args, **kwargs)
             self.seen += 1
+            self.parts.append(self._part(args))
             if self.seen == self.n:
                 self.hit = f"{name} {args[0]}"
                 return self.strike(self, name, args, lambda: real(*args, **kwargs))
@@ -136,12 +143,19 @@ def power_loss(injector, name, args, real):
     os._exit(EXIT_CRASHED)
 
 
-def kill_self(number):
-    """A signal, truly sent, at the call."""
+def kill_self(number: int, delay_s: float = 0.0, times: int = 1):
+    """A signal, truly sent, at the call or so much later, once or more."""
+
+    def send():
+        Path(os.environ["MINILORA_SENT"]).write_text(repr(time.monotonic()))
+        for _ in range(times):
+            os.kill(os.getpid(), number)
 
     def strike(injector, name, args, real):
-        Path(os.environ["MINILORA_SENT"]).write_text(repr(time.monotonic()))
-        os.kill(os.getpid(), number)
+        if delay_s:
+            threading.Timer(delay_s, send).start()
+        else:
+            send()
         return real()
 
     return strike
@@ -206,12 +220,14 @@ class ForkServer:
     def run(self, argv, log, **how) -> dict:
         """One command; its output goes to the file `log`. Keys of `how`:
 
-        signal, after_s: this signal after so many seconds, again_s: and once more so long after
-        signal, at_call: this signal at the n-th file operation inside the folder `inside`; at_call = 0 only counts
+        signal, after_s: this signal after so many seconds
+        signal, at_call, delay_s, times: this signal so long after the n-th file operation inside the folder `inside`,
+            once or more often; n = 0 only counts
         threads, plain_root: threads of torch; without root's right to pass over permissions
         full: this file, when it is written, is on a full disk
+        silent: the models are not let speak at the end, which is most of a short run's time
         Returns code (negative: died by that signal), seconds, to_exit_s (from the signal to the exit, None when the
-        process had ended before), calls (file operations inside `inside`).
+        process had ended before), calls (of each file operation inside `inside`, the part of it that it concerned).
         """
         request = {"argv": [str(word) for word in argv], "log": str(log)} | how
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -280,11 +296,6 @@ def _watch(pid: int, started: float, request: dict) -> dict:
         if status is None:
             sent = time.monotonic()
             os.kill(pid, request["signal"])
-        if status is None and request.get("again_s") is not None:
-            status = _wait_until(pid, time.monotonic() + request["again_s"])
-            if status is None:
-                sent = time.monotonic()
-                os.kill(pid, request["signal"])
     if status is None:
         status = os.waitpid(pid, 0)[1]
     ended = time.monotonic()
@@ -296,7 +307,7 @@ def _watch(pid: int, started: float, request: dict) -> dict:
         "code": os.waitstatus_to_exitcode(status),
         "seconds": ended - started,
         "to_exit_s": None if sent is None else ended - sent,
-        "calls": int(calls.read_text()) if calls.exists() else None,
+        "calls": json.loads(calls.read_text()) if calls.exists() else None,
     }
 
 
@@ -328,17 +339,22 @@ def _child(request: dict) -> None:
         torch.set_num_threads(request.get("threads", 1))
         if request.get("plain_root"):
             give_up_overriding_permissions()
+        if request.get("silent"):
+            from minilora import output
+
+            output.sample_answers = lambda speaker: [""] * len(output.SAMPLE_PROMPTS)
         if "full" in request:
             fill(request["full"])
         injector = None
         if "at_call" in request:
             os.environ["MINILORA_SENT"] = request["log"] + ".sent"
-            strike = kill_self(request.get("signal", signal.SIGKILL))
+            how = {key: request[key] for key in ("delay_s", "times") if key in request}
+            strike = kill_self(request.get("signal", signal.SIGKILL), **how)
             injector = Injector(request["at_call"], strike, Path(request["inside"])).stand()
         code = cli.main(request["argv"])
         if injector:
             injector.fall()
-            Path(request["log"] + ".calls").write_text(str(injector.seen))
+            Path(request["log"] + ".calls").write_text(json.dumps(injector.parts))
         sys.stdout.flush()
         sys.stderr.flush()
     except KeyboardInterrupt:  # outside of main: Python itself would die of the signal

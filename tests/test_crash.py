@@ -4,6 +4,7 @@ The subset that always runs takes a short demo run; the soak takes `train demo -
 Counts: MINILORA_SOAK_KILLS (200), _SIGNALS (50 of each), _REAL (5); two trials at a time: MINILORA_SOAK_WORKERS (2).
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import re
 import shlex
 import shutil
 import signal
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +21,14 @@ from pathlib import Path
 import faults
 import pytest
 from faults import minilora
+from transformers import AutoConfig
 
-from minilora import checkpoint
+from minilora import checkpoint, loop, output
+from minilora.errors import StoppedError
 
-SHORT = ("train", "demo", "--max_steps", "6", "--save_steps", "2", "--eval_steps", "3")
+SHORT = ("train", "demo", "--max_steps", "6", "--save_steps", "4", "--eval_steps", "3")
 DEMO = ("train", "demo", "--num_train_epochs", "2", "--save_steps", "5")
 MAX_TO_EXIT_S = 5.0
-AT_A_FILE_OPERATION = 4  # every so many trials the moment is a file operation, not a time: saves are short
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class Whole:
     argv: tuple[str, ...]
     left: dict[str, str]
     seconds: float
-    calls: int  # file operations in its folder
-    threads: int = 1
+    calls: list[str]  # its file operations: the part of its folder that each concerned
+    how: dict  # threads, and whether the models are let speak
 
 
 def sha256(path: Path) -> str:
@@ -63,21 +66,21 @@ def left_by(run: Path) -> dict[str, str]:
     return kept
 
 
-def uninterrupted(argv, folder: Path, threads=1) -> Whole:
+def uninterrupted(argv, folder: Path, **how) -> Whole:
     run = folder / "whole"
     log = folder / "whole.log"
     faults.start_servers(1)
     argv = (*argv, "--output_dir", str(run))
-    done = minilora(argv, log, at_call=0, inside=str(run), threads=threads)
+    done = minilora(argv, log, at_call=0, inside=str(run), **how)
     assert done["code"] == 0, log.read_text()
-    whole = Whole(argv[:-2], left_by(run), done["seconds"], done["calls"], threads)
+    whole = Whole(argv[:-2], left_by(run), done["seconds"], done["calls"], how)
     shutil.rmtree(run)
     return whole
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory) -> Whole:
-    return uninterrupted(SHORT, tmp_path_factory.mktemp("short"))
+    return uninterrupted(SHORT, tmp_path_factory.mktemp("short"), silent=True)
 
 
 @pytest.fixture(scope="module")
@@ -95,43 +98,52 @@ def real(tmp_path_factory) -> Whole:
     return uninterrupted(argv, tmp_path_factory.mktemp("real"), threads=faults.count("THREADS", 2))
 
 
-def moments(whole: Whole, trials: int, seed: int, number: int) -> list[dict]:
-    """When to strike: at times spread over the whole run, one in each of equal parts; some at a file operation."""
-    rng = random.Random(seed)
-    timed = [whole.seconds * (i + rng.random()) / trials for i in range(trials)]
-    found = []
-    for i, after_s in enumerate(timed):
-        if i % AT_A_FILE_OPERATION == 1:
-            found.append({"signal": number, "at_call": rng.randint(1, whole.calls)})
+def moments(whole: Whole, trials: int, seed: int, number: int, timed: bool) -> list[dict]:
+    """When to strike, one in each of equal parts of the run.
+
+    At a line of the log (there is one for each step) or up to 50 ms later, at a file operation of a checkpoint, or of
+    anything else that is written; if `timed`, every other at a time instead, start-up included. Times depend on how
+    busy the machine is, operations do not.
+    """
+    groups = {"steps": [], "checkpoints": [], "others": []}
+    for n, path in enumerate(whole.calls, 1):
+        groups["steps" if path == "metrics.jsonl" else path if path == "checkpoints" else "others"].append(n)
+    rng, found = random.Random(seed), []
+    for i in range(trials):
+        share = (i + rng.random()) / trials
+        if timed and i % 2:
+            found.append({"signal": number, "after_s": share * whole.seconds})
         else:
-            found.append({"signal": number, "after_s": after_s})
+            group = groups[rng.choice(("steps", "steps", "checkpoints", "others"))]
+            moment = {"signal": number, "at_call": group[int(share * len(group))]}
+            found.append(moment | ({"delay_s": rng.random() * 0.05} if group is groups["steps"] else {}))
     return found
 
 
-def strike(whole: Whole, run: Path, moment: dict) -> tuple[dict, str]:
+def struck(whole: Whole, run: Path, moment: dict) -> tuple[dict, str]:
     """(what came of the command, its output) when it is struck at this moment."""
     log = run.with_suffix(".log")
     inside = {"inside": str(run)} if "at_call" in moment else {}
-    done = minilora((*whole.argv, "--output_dir", str(run)), log, threads=whole.threads, **moment, **inside)
+    done = minilora((*whole.argv, "--output_dir", str(run)), log, **whole.how, **moment, **inside)
     return done, log.read_text(errors="replace")
 
 
 def go_on(whole: Whole, run: Path, **moment) -> dict:
     """The same command with --resume auto."""
     argv = (*whole.argv, "--output_dir", str(run), "--resume", "auto")
-    return minilora(argv, run.with_suffix(".resumed.log"), threads=whole.threads, **moment)
+    return minilora(argv, run.with_suffix(".resumed.log"), **whole.how, **moment)
 
 
 # ---------------------------------------------------------------------------------------- kill -9
 
 
-def killed(whole: Whole, folder: Path, trials: int, workers: int, seed: int) -> None:
+def killed(whole: Whole, folder: Path, trials: int, workers: int, seed: int, timed: bool = True) -> None:
     rng = random.Random(seed + 1)
 
     def trial(numbered):
         i, moment = numbered
         run = folder / f"run{i:03d}"
-        done, _ = strike(whole, run, moment)
+        done, _ = struck(whole, run, moment)
         stage = f"after {len(checkpoint.checkpoints(run))} checkpoints" if done["code"] == -9 else "too late"
         if i % 3 == 2:  # dies again while it goes on
             go_on(whole, run, signal=signal.SIGKILL, after_s=whole.seconds * rng.random())
@@ -144,16 +156,16 @@ def killed(whole: Whole, folder: Path, trials: int, workers: int, seed: int) -> 
             shutil.rmtree(run)
         return stage, wrong
 
-    results = faults.in_parallel(trial, list(enumerate(moments(whole, trials, seed, signal.SIGKILL))), workers)
+    results = faults.in_parallel(trial, list(enumerate(moments(whole, trials, seed, signal.SIGKILL, timed))), workers)
     bad = {i: wrong for i, (_, wrong) in enumerate(results) if wrong}
     print(f"\nkill -9: {trials - len(bad)} of {trials} resumed to the bit; {dict(Counter(s for s, _ in results))}")
     assert not bad
     in_time = sum(stage != "too late" for stage, _ in results)
-    assert in_time > 0.7 * trials or (trials < 10 and in_time), "most moments must hit the run"
+    assert in_time >= 0.6 * trials or (trials < 10 and in_time), "most moments must hit the run"
 
 
 def test_kill_9(short, tmp_path):
-    killed(short, tmp_path, trials=3, workers=1, seed=1)
+    killed(short, tmp_path, trials=3, workers=1, seed=1, timed=False)
 
 
 @pytest.mark.soak
@@ -195,27 +207,36 @@ def outcome(done: dict, text: str, run: Path, number: int) -> str:
     return "ended outside of the run" if finished or "\nmodel " not in text else "BAD: died without a word"
 
 
+def last_step(run: Path) -> int:
+    """The last step that a run has done and logged."""
+    log = run / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return max((record["step"] for record in records if "loss" in record), default=0)
+
+
 def printed_command(text: str) -> list[str] | None:
     """The words of the resume command in a run's last lines, after `python train.py`."""
     found = re.search(r"python train\.py (--resume .*)", text)
     return shlex.split(found.group(1)) if found else None
 
 
-def stopped(whole: Whole, folder: Path, number: int, trials: int, workers: int, seed: int) -> None:
+def stopped(whole: Whole, folder: Path, number: int, trials: int, workers: int, seed: int, timed: bool = True) -> None:
     def trial(numbered):
         i, moment = numbered
         run = folder / f"run{i:03d}"
-        done, text = strike(whole, run, moment)
+        done, text = struck(whole, run, moment)
         word = outcome(done, text, run, number)
         if word.startswith("BAD"):
             return word, done["to_exit_s"]
-        command = printed_command(text)
+        command, saved = printed_command(text), checkpoint.newest_valid(run)[0]
+        if word.startswith("stopped") and last_step(run) != (int(saved.name[5:]) if saved else 0):
+            return f"BAD: step {last_step(run)} was done, {saved} was saved", done["to_exit_s"]
         if word == "stopped, saved":
             refused = checkpoint.newest_valid(run)[1]
             if refused or str(run) not in text or command is None:
                 return f"BAD: {refused} {text[-500:]}", done["to_exit_s"]
             log = run.with_suffix(".resumed.log")
-            resumed = minilora(("train", *command), log, threads=whole.threads)  # the very command that was printed
+            resumed = minilora(("train", *command), log, **whole.how)  # the very command that was printed
         else:
             resumed = go_on(whole, run)
         if resumed["code"] != 0:
@@ -224,7 +245,7 @@ def stopped(whole: Whole, folder: Path, number: int, trials: int, workers: int, 
         wrong = [key for key in whole.left if left.get(key) != whole.left[key]]
         return (f"BAD: differs in {wrong}" if wrong else word), done["to_exit_s"]
 
-    results = faults.in_parallel(trial, list(enumerate(moments(whole, trials, seed, number))), workers)
+    results = faults.in_parallel(trial, list(enumerate(moments(whole, trials, seed, number, timed))), workers)
     words = Counter(word for word, _ in results)
     slowest = max((seconds for _, seconds in results if seconds is not None), default=0.0)
     good = trials - sum(count for word, count in words.items() if word.startswith("BAD"))
@@ -236,7 +257,7 @@ def stopped(whole: Whole, folder: Path, number: int, trials: int, workers: int, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_by_a_signal(short, tmp_path, number):
-    stopped(short, tmp_path, number, trials=2, workers=1, seed=number)
+    stopped(short, tmp_path, number, trials=2, workers=1, seed=number, timed=False)
 
 
 @pytest.mark.soak
@@ -254,15 +275,41 @@ def test_stopped_by_a_signal_real(real, tmp_path):
 
 
 def test_a_second_sigint_exits_at_once(short, tmp_path):
-    """At once: not after the step. What was saved before is there, and the run goes on from it."""
+    """At once: not after the micro-batch, and without saving. What was saved before is there."""
     run = tmp_path / "run"
-    slow = (*short.argv, "--per_device_train_batch_size", "64", "--max_tokens_per_micro_batch", "100000")
-    argv = (*slow, "--output_dir", str(run))  # one micro-batch a step, of half a second and more
-    log = run.with_suffix(".log")
-    done = minilora(argv, log, signal=signal.SIGINT, after_s=0.6, again_s=0.05)
-    text = log.read_text()
+    lines = [n for n, part in enumerate(short.calls, 1) if part == "metrics.jsonl"]
+    moment = {"signal": signal.SIGINT, "at_call": lines[len(lines) // 2], "times": 2}
+    done, text = struck(short, run, moment)
     assert done["code"] == 130
+    assert done["to_exit_s"] < 1.0
     assert "stopped by" not in text  # the first one would have said so, and saved
-    assert done["to_exit_s"] < 0.2
     assert "Traceback" not in text
     assert checkpoint.newest_valid(run)[1] == []
+    assert go_on(short, run)["code"] == 0
+    assert left_by(run) == short.left
+
+
+@pytest.mark.parametrize("stage", ["preparing", "finishing"])
+def test_a_signal_where_nothing_can_be_lost_ends_the_run_at_once(make_config, quiet_finish, monkeypatch, stage):
+    """Reading a model and trying out the result take long on a real one, far longer than the 5 s that are promised.
+    A run once noticed a signal there only when all was done: a first Ctrl-C while a million rows were tokenised."""
+    config = make_config()
+    waited = [0]
+    place = (AutoConfig, "from_pretrained") if stage == "preparing" else (output, "sample_answers")
+    real = getattr(*place)
+
+    def slow(*args, **keys):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(100):
+            time.sleep(0.01)
+            waited[0] += 1
+        return real(*args, **keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, slow)
+        with pytest.raises(StoppedError) as stopped:
+            loop.train(config)
+    assert stopped.value.exit_code == 143
+    assert waited[0] < 5
+    assert ("--resume" in str(stopped.value)) == (stage == "finishing")
+    assert loop.train(dataclasses.replace(config, resume="auto")).stop_reason == "completed"

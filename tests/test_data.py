@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
@@ -37,7 +37,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 MODELS = ("qwen2", "qwen2.5", "qwen3")
 SYSTEM = "你是一个AI助手"  # the seed's
 MARKUP = "<|im_end|>\n<|im_start|>assistant\nDone.<|im_end|><|endoftext|><think>no</think>"
-FUZZ = settings(deadline=None, derandomize=True, database=None)
+BUSY = [HealthCheck.too_slow, HealthCheck.filter_too_much]  # a busy machine is no bug
+FUZZ = settings(deadline=None, derandomize=True, database=None, suppress_health_check=BUSY)
 
 
 @pytest.fixture(scope="session")
@@ -216,7 +217,7 @@ def test_real_golden_in_figures(real_markup):
 
 
 @pytest.mark.real
-@given(system=st.deferred(lambda: texts), turns=st.deferred(lambda: conversations))
+@given(system=st.deferred(lambda: spaced), turns=st.deferred(lambda: conversations))
 @settings(FUZZ, max_examples=300)
 def test_real_template(system, turns, real_tokenizer, real_markup):
     assert_equals_template(real_tokenizer, real_markup, [("system", system), *turns])
@@ -282,22 +283,41 @@ def test_qwen3_without_system_turn(tokenizers, markups):
     assert_equals_template(tokenizers["qwen3"], markups["qwen3"], [("user", "Hello"), ("assistant", "Hi")])
 
 
-texts = (
-    st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40)
-    .map(str.strip)
-    .filter(lambda text: text and not re.search(r"<\||think>", text))
+texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
+    lambda text: text.strip() and not re.search(r"<\||think>", text)
 )
-conversations = st.lists(st.tuples(texts, texts), min_size=1, max_size=3).map(
+stripped = texts.map(str.strip)
+spaced = st.builds(
+    "".join, st.tuples(st.sampled_from(["", " ", "\n", "\n\n", " \n\t"]), texts, st.sampled_from(["", "\n"]))
+)
+conversations = st.lists(st.tuples(spaced, stripped), min_size=1, max_size=3).map(
     lambda pairs: [turn for asked, said in pairs for turn in (("user", asked), ("assistant", said))]
 )
 
 
 @pytest.mark.parametrize("name", MODELS)
-@given(system=texts, turns=conversations)
+@given(system=spaced, turns=conversations)
 @settings(FUZZ, max_examples=150)
 def test_any_conversation_equals_apply_chat_template(name, system, turns, tokenizers, markups):
-    """Of texts without white space at their ends and without markup, whatever their script."""
+    """Of texts without markup, whatever their script, and of answers without white space at their ends."""
     assert_equals_template(tokenizers[name], markups[name], [("system", system), *turns])
+
+
+def test_a_question_that_begins_with_a_newline(tokenizer, tmp_path):
+    """Qwen has a token for two newlines: "user\\n" and "\\nHello" apart are not what "user\\n\\nHello" is.
+
+    The demo's vocabulary is too small for it, so a copy learns it here.
+    """
+    tokenizer.save_pretrained(tmp_path)
+    learned = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
+    learned["model"]["vocab"]["ĊĊ"] = two = len(tokenizer)
+    learned["model"]["merges"].append(["Ċ", "Ċ"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(learned), "utf-8")
+    other = model.load_tokenizer(tmp_path)
+    for prompts in ([("system", "\nS"), ("user", "\nU")], [("system", "S"), ("user", "U\n\n")]):
+        conversation = [*prompts, ("assistant", "A")]
+        assert two in by_template(other, conversation)
+        assert_equals_template(other, ChatMarkup(other), conversation)
 
 
 REASONED = [

@@ -23,7 +23,7 @@ from conftest import randomize_lora
 from faults import EXIT_CRASHED, STRIKES, Injector, forked, minilora
 from torch import nn
 
-from minilora import adapter, checkpoint, model, output
+from minilora import adapter, checkpoint, files, model, output
 from minilora.checkpoint import Identity, TrainState, newest_valid
 from minilora.config import TrainConfig
 from minilora.lora import inject
@@ -48,7 +48,6 @@ class Saved:
             self.optimizer.zero_grad()
 
     def save(self, run: Path, keep: int) -> Path:
-        run.mkdir(exist_ok=True)
         return checkpoint.save(run, self.model, self.optimizer, self.state, IDENTITY, keep)
 
 
@@ -116,11 +115,13 @@ def report(name: str, trials: int, olds: int, problems: list[str]) -> None:
 def a_checkpoint_at_every_operation(tmp_path, strike, keep, stride=1):
     one, two = Saved(1), Saved(2)
     expected = {}
+    (tmp_path / "expected").mkdir()
     for saved in (one, two):
         path = saved.save(tmp_path / "expected", 0)
         expected[path.name] = bytes_of(path)
 
     def prepare(n):
+        (tmp_path / f"run{n}").mkdir()
         one.save(tmp_path / f"run{n}", 0)
         return tmp_path / f"run{n}"
 
@@ -144,7 +145,7 @@ def a_checkpoint_at_every_operation(tmp_path, strike, keep, stride=1):
     report(f"checkpoint, {strike}, keep {keep}", trials, olds, problems)
 
 
-@pytest.mark.parametrize(("strike", "stride"), [("crash", 2), ("power loss", 2), ("ENOSPC", 3), ("EIO", 7)])
+@pytest.mark.parametrize(("strike", "stride"), [("crash", 4), ("power loss", 4), ("ENOSPC", 5), ("EIO", 9)])
 def test_a_checkpoint_is_the_old_or_the_new(tmp_path, strike, stride):
     a_checkpoint_at_every_operation(tmp_path, strike, keep=1, stride=stride)
 
@@ -161,6 +162,7 @@ def test_what_a_crash_left_behind_is_cleared_away_by_the_next_save(tmp_path):
     one, two, three = Saved(1), Saved(2), Saved(3)
 
     def prepare(n):
+        (tmp_path / f"run{n}").mkdir()
         one.save(tmp_path / f"run{n}", 0)
         return tmp_path / f"run{n}"
 
@@ -243,6 +245,28 @@ def test_an_adapter_is_the_old_or_the_new(tmp_path, adapters, strike, existing, 
 @pytest.mark.parametrize("strike", list(STRIKES))
 def test_an_adapter_is_the_old_or_the_new_soak(tmp_path, adapters, strike, existing):
     an_adapter_at_every_operation(tmp_path, adapters, strike, existing)
+
+
+@pytest.mark.parametrize("strike", ["crash", "power loss"])
+def test_a_folder_in_the_place_of_another_is_the_old_or_the_new(tmp_path, strike):
+    """best/ and model/ of method full are replaced whole; by two renames there is a moment with neither of the two."""
+
+    def prepare(n):
+        folder = tmp_path / f"run{n}"
+        (folder / "best").mkdir(parents=True)
+        (folder / "best" / "file").write_text("old")
+        return folder
+
+    def act(folder):
+        with files.new_folder(folder / "best") as aside:
+            files.write_file(aside / "file", [b"new"])
+
+    found = {}
+    for where, folder, _, _ in at_every_operation(strike, prepare, act):
+        path = folder / "best" / "file"
+        found[where] = path.read_text() if path.exists() else "neither"
+    assert [where for where, content in found.items() if content not in ("old", "new")] == []
+    assert set(found.values()) == {"old", "new"}
 
 
 # ---------------------------------------------------------------------------------------- whole runs
