@@ -1,237 +1,343 @@
-"""One contender, one process: train one pass over the rows and say how it went, as one JSON line.
+"""One contender, one process: train one pass over the first rows of a file, and say in JSON how it went.
 
-Called by compare.py: `python benchmarks/contenders.py NAME --model DIR --train_file F --rows N --json OUT`.
+    python -m benchmarks.contenders NAME --model DIR --train_file F --rows 64 --json OUT          the measured run
+    python -m benchmarks.contenders NAME --model DIR --train_file F --rows 64 --json OUT --check  the loss before it
+
+compare.py calls both. The check is a run of its own, so that it neither warms the measured one up nor adds to its peak.
 """
 
 import argparse
 import json
+import os
 import resource
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STARTED = time.perf_counter()
+STARTED = time.time()  # before torch is imported: the import is part of the way to the first step
 
 import torch  # noqa: E402
 
-from minilora.data import ChatMarkup, DataReport, Dataset, Row, read_rows, tokenize  # noqa: E402
+from minilora.data import IGNORE, ChatMarkup, Dataset, Row, read_rows, tokenize  # noqa: E402
 from minilora.model import load_tokenizer, pick_device, pick_dtype  # noqa: E402
 
 SYSTEM = "你是一个AI助手"
 EXAMPLES_PER_STEP = 32
+MAX_LENGTH = 512  # every contender cuts longer rows here, so that all train on the same tokens
 RECIPE = {"learning_rate": 1e-4, "weight_decay": 0.01, "max_grad_norm": 0.1, "lr_scheduler_type": "cosine"}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+Result = dict[str, Any]
 
 
-def rendered(args: argparse.Namespace) -> tuple[list[Row], Dataset]:
-    """The rows every contender trains on, and their tokens, by which all are measured."""
-    rows = read_rows(args.train_file)[0][: args.rows]
-    markup = ChatMarkup(load_tokenizer(Path(args.model)))
-    report = DataReport(args.train_file)
-    options = {"max_length": 1024, "overlong": "truncate", "train_on_prompt": False}
-    return rows, tokenize(rows, markup, report, system_prompt=SYSTEM, **options)
+@dataclass(frozen=True)
+class Job:
+    """What all contenders are given: the same model folder and rows. `folder` is theirs to write in."""
+
+    model: str
+    rows_file: Path
+    device: torch.device
+    folder: Path
+    flags: dict[str, Any]  # further minilora keys
+
+    def rendered(self) -> tuple[list[Row], Dataset]:
+        """The rows, and the tokens by which all are measured: no padding, nothing after the last <|im_end|>."""
+        rows, report = read_rows(self.rows_file)
+        options = {"max_length": MAX_LENGTH, "overlong": "truncate", "train_on_prompt": False}
+        markup = ChatMarkup(load_tokenizer(Path(self.model)))
+        return rows, tokenize(rows, markup, report, system_prompt=SYSTEM, **options)
 
 
-def minilora(args: argparse.Namespace) -> dict[str, Any]:
-    """What `python train.py` does, without evaluation."""
+# ---------------------------------------------------------------------------------------- minilora
+
+
+def minilora(job: Job, check: bool) -> Result:
+    """What `python train.py` does, without evaluation: its own records say how it went."""
     from minilora import loop
     from minilora.config import resolve
-    from minilora.lora import disabled
 
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.jsonl"
-        rows.write_bytes(b"".join(Path(args.train_file).read_bytes().splitlines(keepends=True)[: args.rows]))
-        flags = {"model": args.model, "train_file": str(rows), "num_train_epochs": 1, "device": args.device}
-        config = resolve("lora", flags | {"output_dir": f"{folder}/run"} | json.loads(args.flags))
-        seen: dict[str, Any] = {}
-        step = loop.train_step
-
-        def watched(run: Any) -> dict[str, Any]:
-            if not seen:
-                first = run.train_set.subset(range(min(EXAMPLES_PER_STEP, len(run.train_set))))
-                began = time.perf_counter()
-                with disabled(run.model):
-                    seen["start_completion_loss"] = loop.evaluate(run, first)
-                seen["checked_s"] = time.perf_counter() - began
-            record = step(run)
-            seen.setdefault("seconds_to_first_step", time.perf_counter() - STARTED - seen["checked_s"])
-            seen.setdefault("first", record)
-            seen["peak_bytes"], seen["seconds"] = peak_bytes(args.device), run.state.seconds
-            return record
-
-        loop.train_step = watched
-        summary = loop.train(config)
-    first = seen["first"]
+    flags = {"model": job.model, "train_file": str(job.rows_file), "device": str(job.device), "num_train_epochs": 1}
+    flags |= {"max_length": MAX_LENGTH, "system_prompt": SYSTEM, "output_dir": str(job.folder / "run")}
+    config = resolve("lora", flags | job.flags)
+    if check:
+        return {"start_completion_loss": minilora_start_loss(config)}
+    summary = loop.train(config)
+    first = json.loads((job.folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[0])
     return {
         "seconds": summary.seconds,
+        "steps": summary.steps,
         "first_step_loss": first["loss"],
         "first_grad_norm": first["grad_norm"],
-        "peak_bytes": seen["peak_bytes"],
-        **{key: seen[key] for key in ("start_completion_loss", "seconds_to_first_step")},
+        "seconds_to_first_step": first["time"] - STARTED,
+        "peak_training_bytes": summary.peak_memory_bytes,
     }
 
 
-def peft_model(args: argparse.Namespace) -> Any:
-    """The base in bf16 with the seed's LoRA, as peft makes it."""
+def minilora_start_loss(config: Any) -> float:
+    """Mean nats over the answers' tokens of the first step's worth of rows, by minilora's own evaluation."""
+    from minilora import loop
+    from minilora.run import prepare
+    from minilora.stopping import StopRequest
+
+    with StopRequest() as stop, ExitStack() as held:
+        run = prepare(config, stop, held)
+        return loop.evaluate(run, run.train_set.subset(range(EXAMPLES_PER_STEP)))
+
+
+# ---------------------------------------------------------------------------------------- peft + a Trainer
+
+
+def peft_model(job: Job) -> Any:
+    """The base, in bf16 where the hardware has it, with the recipe's LoRA as peft makes it (A and B in fp32)."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    device = pick_device(args.device)
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=pick_dtype("auto", device)).to(device)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    lora = LoraConfig(r=8, lora_alpha=32, target_modules=targets, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM")
+    base = AutoModelForCausalLM.from_pretrained(job.model, dtype=pick_dtype("auto", job.device)).to(job.device)
+    base.config.use_cache = False
+    lora = LoraConfig(r=8, lora_alpha=32, target_modules=TARGETS, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM")
     return get_peft_model(base, lora)
 
 
-@torch.no_grad()
-def completion_loss(model: Any, dataset: Dataset) -> float:
-    """Mean nats over the supervised tokens of the first rows, row by row through Hugging Face's own loss."""
-    nats, supervised = 0.0, 0
-    model.eval()
-    for i in range(min(EXAMPLES_PER_STEP, len(dataset))):
-        ids = torch.from_numpy(dataset[i].input_ids).long()[None].to(model.device)
-        labels = torch.from_numpy(dataset[i].labels).long()[None].to(model.device)
-        count = int((labels[:, 1:] != -100).sum())
-        nats += float(model(input_ids=ids, labels=labels, use_cache=False).loss) * count
-        supervised += count
-    model.train()
-    return nats / supervised
-
-
-def run_trainer(trainer: Any, check: Callable[[], float], device: str) -> dict[str, Any]:
-    """Train with a Hugging Face Trainer, timing its steps from the first micro-batch to the last update."""
-    from transformers import TrainerCallback
-
-    times: dict[str, float] = {}
-
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            times.setdefault("begin", time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            times["end"] = time.perf_counter()
-            times.setdefault("first", times["end"])
-            times["peak"] = peak_bytes(device)
-
-    began = time.perf_counter()
-    loss = check()
-    checked_s = time.perf_counter() - began
-    trainer.add_callback(Clock())
-    trainer.train()
-    first = next(record for record in trainer.state.log_history if "grad_norm" in record)
-    return {
-        "seconds": times["end"] - times["begin"],
-        "first_step_loss": first["loss"],
-        "first_grad_norm": first["grad_norm"],
-        "start_completion_loss": loss,
-        "seconds_to_first_step": times["first"] - STARTED - checked_s,
-        "peak_bytes": int(times["peak"]),
-    }
-
-
-def common(args: argparse.Namespace, folder: str, per_device: int) -> dict[str, Any]:
-    """Trainer settings shared by the peers."""
+def common(job: Job, per_device: int) -> dict[str, Any]:
+    """Trainer settings that all peers share."""
     return RECIPE | {
-        "output_dir": folder,
+        "output_dir": str(job.folder / "trainer"),
         "per_device_train_batch_size": per_device,
         "gradient_accumulation_steps": EXAMPLES_PER_STEP // per_device,
+        "per_device_eval_batch_size": 1,
         "num_train_epochs": 1,
-        "warmup_steps": 0.1,
-        "bf16": True,
-        "use_cpu": args.device == "cpu",
+        "warmup_steps": 0.1,  # a share: transformers 5 has no warmup_ratio
+        "bf16": pick_dtype("auto", job.device) == torch.bfloat16,
+        "use_cpu": job.device.type == "cpu",
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "remove_unused_columns": False,
     }
 
 
-def seed(args: argparse.Namespace) -> dict[str, Any]:
-    """The seed's script: peft + Trainer, every row padded, gradient checkpointing, all logits, loss on all tokens.
+def seed(job: Job, check: bool) -> Result:
+    """The LoRA script of the seed document (its section 5.2), as near as transformers 5 runs it.
 
-    Its max_length, the length of its first row, would cut longer rows; here it is the longest row's, at most 512.
+    Every row padded on the left to max_length, gradient checkpointing, all logits; the loss is on every token but
+    padding, as DataCollatorForLanguageModeling makes it (with pad = eos, as in the script, no <|im_end|> either).
+    Two things are not the script's. Its max_length is the length of its FIRST row, which cuts every longer row: other
+    tokens than its peers', and any speed one likes by a choice of that row; here it is the longest row's, at most
+    MAX_LENGTH. And its prepare_model_for_kbit_training casts the base to fp32; bf16 is the kinder reading.
     """
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-    _, dataset = rendered(args)
-    tokenizer = load_tokenizer(Path(args.model))
-    model = peft_model(args)
-    model.enable_input_require_grads()
-    limit = min(512, int(dataset.lengths.max()))
-    columns = [{"input_ids": dataset[i].input_ids[:limit].tolist()} for i in range(len(dataset))]
-    rows = [tokenizer.pad(column, padding="max_length", max_length=limit) for column in columns]
-    with tempfile.TemporaryDirectory() as folder:
-        kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-        settings = TrainingArguments(**common(args, folder, 4) | kwargs)
-        collator = DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False)
-        trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=collator)
-        return run_trainer(trainer, lambda: completion_loss(model, dataset), args.device)
+    rows, dataset = job.rendered()
+    tokenizer = load_tokenizer(Path(job.model))
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    limit = int(dataset.lengths.max())
+    texts = [seed_text(row) for row in rows]
+    encoded = tokenizer(texts, truncation=True, max_length=limit, padding="max_length")
+    columns = [{key: encoded[key][i] for key in ("input_ids", "attention_mask")} for i in range(len(rows))]
+    settings = TrainingArguments(
+        **common(job, per_device=4),
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        remove_unused_columns=False,
+    )
+    collator = DataCollatorForLanguageModeling(tokenizer=tokenizer, mlm=False)
+    trainer = Trainer(model=peft_model(job), args=settings, train_dataset=columns, data_collator=collator)
+    if check:
+        first = columns[:EXAMPLES_PER_STEP]
+        return {"start_completion_loss": trainer_start_loss(trainer, first, dataset, same_mask=False)}
+    return run_trainer(trainer, job.device)
 
 
-def trl(args: argparse.Namespace, per_device: int, grouped: bool) -> dict[str, Any]:
-    """TRL's SFTTrainer + peft: loss on the answers only, no checkpointing."""
-    from datasets import Dataset as HubDataset
+def seed_text(row: Row) -> str:
+    """The seed's format_prompt: ChatML written as text, without a newline at its end."""
+    turns = [f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>" for turn in row.turns]
+    system = [] if row.turns[0].role == "system" else [f"<|im_start|>system\n{SYSTEM}<|im_end|>"]
+    return "\n".join(system + turns)
+
+
+def trl(job: Job, check: bool, per_device: int, sampling: str = "random") -> Result:
+    """TRL's SFTTrainer + peft: loss on the answers only, its head fused with its loss, no checkpointing.
+
+    It also trains the newline after each <|im_end|>, one token a row more than the others; that token is not counted.
+    """
+    from datasets import Dataset as Table
     from trl import SFTConfig, SFTTrainer
 
-    rows, dataset = rendered(args)
-    tokenizer = load_tokenizer(Path(args.model))
+    rows, dataset = job.rendered()
+    settings = SFTConfig(
+        **common(job, per_device),
+        gradient_checkpointing=False,
+        max_length=MAX_LENGTH,
+        completion_only_loss=True,
+        train_sampling_strategy=sampling,
+    )
+    trainer = SFTTrainer(
+        model=peft_model(job),
+        args=settings,
+        train_dataset=Table.from_list([conversation(row) for row in rows]),
+        processing_class=load_tokenizer(Path(job.model)),
+    )
+    if check:
+        trainer.args.train_sampling_strategy = "random"  # grouped, evaluation too would take the rows in another order
+        first = trainer.train_dataset.select(range(EXAMPLES_PER_STEP))
+        return {"start_completion_loss": trainer_start_loss(trainer, first, dataset, same_mask=True)}
+    return run_trainer(trainer, job.device)
 
-    def split(row: Row) -> dict[str, Any]:
-        turns = [{"role": "system", "content": SYSTEM}]
-        turns += [{"role": turn.role, "content": turn.content} for turn in row.turns]
-        return {"prompt": turns[:-1], "completion": turns[-1:]}
 
-    with tempfile.TemporaryDirectory() as folder:
-        settings = SFTConfig(
-            **common(args, folder, per_device),
-            gradient_checkpointing=False,
-            max_length=1024,
-            completion_only_loss=True,
-            **({"train_sampling_strategy": "group_by_length"} if grouped else {}),
-        )
-        model = peft_model(args)
-        data = HubDataset.from_list([split(row) for row in rows])
-        trainer = SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
-        return run_trainer(trainer, lambda: completion_loss(model, dataset), args.device)
+def conversation(row: Row) -> dict[str, Any]:
+    """A row as TRL's conversational prompt and completion; the tokenizer's chat template renders it."""
+    turns = [{"role": turn.role, "content": turn.content} for turn in row.turns]
+    if turns[0]["role"] != "system":
+        turns = [{"role": "system", "content": SYSTEM}, *turns]
+    return {"prompt": turns[:-1], "completion": turns[-1:]}
 
 
-def peak_bytes(device: str) -> int:
+@torch.no_grad()
+def trainer_start_loss(trainer: Any, first: Any, dataset: Dataset, same_mask: bool) -> float:
+    """Mean nats over the answers' tokens of the first rows, as the trainer itself collates and computes them.
+
+    Row by row, with the seed's padding. Raises RuntimeError when a row's tokens (with same_mask: its labels too) are
+    not those of the shared rendering: such a contender would not train on the same rows.
+    """
+    nats, supervised = 0.0, 0
+    model = trainer.model.eval()
+    bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=trainer.args.bf16)
+    batches = zip(dataset, trainer.get_eval_dataloader(first), strict=False)
+    for row, (example, inputs) in enumerate(batches, 1):
+        inputs = {key: value.to(model.device) for key, value in inputs.items()}
+        real = inputs["attention_mask"][0].nonzero()[: len(example.input_ids), 0]  # not TRL's newline at the end
+        shared = torch.from_numpy(example.labels).long().to(model.device)
+        if inputs["input_ids"][0, real].tolist() != example.input_ids.tolist():
+            raise RuntimeError(f"row {row} does not have the tokens that the others have")
+        if same_mask and not torch.equal(inputs["labels"][0, real], shared):
+            raise RuntimeError(f"row {row} does not have the labels that the others have")
+        inputs["labels"] = torch.full_like(inputs["labels"], IGNORE)
+        inputs["labels"][0, real] = shared
+        count = int((shared[1:] != IGNORE).sum())
+        with bf16:
+            nats += float(trainer.compute_loss(model, inputs)) * count
+        supervised += count
+    return nats / supervised
+
+
+def run_trainer(trainer: Any, device: torch.device) -> Result:
+    """Train, timing from the beginning of the first step to the end of the last."""
+    from transformers import TrainerCallback
+
+    times: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        """The beginning of the first step, then the end of every step, in seconds of the wall clock."""
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not times:
+                times.append(now(device))
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times.append(now(device))
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    first = next(record for record in trainer.state.log_history if "grad_norm" in record)
+    return {
+        "seconds": times[-1] - times[0],
+        "steps": len(times) - 1,
+        "first_step_loss": first["loss"],
+        "first_grad_norm": first["grad_norm"],
+        "seconds_to_first_step": times[1] - STARTED,
+        "peak_training_bytes": peak_bytes(device),
+    }
+
+
+def now(device: torch.device) -> float:
+    """The wall clock in seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.time()
+
+
+# ---------------------------------------------------------------------------------------- what all report
+
+
+def peak_bytes(device: torch.device) -> int:
     """Most memory so far: allocated on the card, or resident on the CPU."""
-    if device != "cpu" and torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-CONTENDERS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+def about(device: torch.device) -> dict[str, Any]:
+    """The machine as this process saw it."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    return {"device": f"CPU: {model}, {os.cpu_count()} cores", "threads": torch.get_num_threads()}
+
+
+def measured(job: Job, contender: "Contender") -> Result:
+    """A contender's run with everything that follows from it."""
+    result = contender(job, False)
+    peaks = {"peak_bytes": peak_bytes(job.device)}  # of the whole process: minilora's check of what it saved, too
+    if job.device.type == "cuda":
+        peaks["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+    _, dataset = job.rendered()
+    tokens, supervised = int(dataset.offsets[-1]), int(dataset.supervised.sum())
+    return (
+        result
+        | peaks
+        | {
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "tokens_per_second": tokens / result["seconds"],
+            "supervised_tokens_per_second": supervised / result["seconds"],
+        }
+    )
+
+
+def first_rows(train_file: str, count: int) -> bytes:
+    """The first `count` lines of a file that are not empty. Raises ValueError when there are fewer."""
+    lines = [line for line in Path(train_file).read_bytes().split(b"\n") if line.strip()][:count]
+    if len(lines) < count:
+        raise ValueError(f"{train_file} has {len(lines)} rows, {count} are asked for")
+    return b"\n".join(lines) + b"\n"
+
+
+Contender = Callable[[Job, bool], Result]
+CONTENDERS: dict[str, Contender] = {
     "minilora": minilora,
     "seed": seed,
-    "trl": lambda args: trl(args, 4, grouped=False),
-    "trl-1": lambda args: trl(args, 1, grouped=False),
-    "trl-grouped": lambda args: trl(args, 2, grouped=True),
+    "trl": lambda job, check: trl(job, check, per_device=4),
+    "trl-grouped": lambda job, check: trl(job, check, per_device=2, sampling="group_by_length"),
+    "trl-1": lambda job, check: trl(job, check, per_device=1),
 }
 
 
 def main() -> None:
     """Run the contender named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=CONTENDERS)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--train_file", required=True)
-    parser.add_argument("--rows", type=int, required=True)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, required=True, help=f"a multiple of {EXAMPLES_PER_STEP}")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
     parser.add_argument("--flags", default="{}", help="JSON of further minilora keys")
+    parser.add_argument("--check", action="store_true", help="only the loss before training")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a Trainer would spread over all cards
+    device = pick_device(args.device)
     torch.manual_seed(42)
-    result = CONTENDERS[args.name](args)
-    _, dataset = rendered(args)
-    result["tokens"] = int(dataset.offsets[-1])
-    result["supervised_tokens"] = int(dataset.supervised.sum())
-    result["tokens_per_second"] = result["tokens"] / result["seconds"]
-    result["supervised_tokens_per_second"] = result["supervised_tokens"] / result["seconds"]
-    args.json.write_text(json.dumps(result))
+    with tempfile.TemporaryDirectory() as folder:
+        rows_file = Path(folder) / "rows.jsonl"
+        rows_file.write_bytes(first_rows(args.train_file, args.rows))
+        job = Job(args.model, rows_file, device, Path(folder), json.loads(args.flags))
+        contender = CONTENDERS[args.name]
+        result = contender(job, True) if args.check else measured(job, contender)
+    args.json.write_text(json.dumps(result | about(device)))
 
 
 if __name__ == "__main__":
