@@ -4,7 +4,9 @@ Training runs under the name PACKED: no mask is ever built, and the layout of th
 Everything else (generation with a cache, padded batches) runs under transformers' own "sdpa".
 """
 
+import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PACKED = "minilora_packed"
-BLOCK_ROWS = 64  # queries computed together on the CPU: their scores stay in the cache
+BLOCK_ROWS = 96  # most queries computed together on the CPU: their scores stay in the cache
 
 
 class Layout(NamedTuple):
@@ -57,8 +59,7 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, layout, scale), None
     if query.device.type == "cpu":
-        with torch.autocast("cpu", enabled=False):  # it would take the scores to bf16
-            return _PackedAttention.apply(query[0], key[0], value[0], layout, scale)[None], None
+        return _PackedAttention.apply(query[0], key[0], value[0], layout, scale)[None], None
     return plain_attention(query, key, value, layout, scale), None
 
 
@@ -84,88 +85,97 @@ class _PackedAttention(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # it would take the scores to bf16
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
         heads, tokens, dim = query.shape
-        groups = len(key)
-        wide = torch.promote_types(query.dtype, torch.float32)
-        q = query.view(groups, -1, tokens, dim)  # (kv_heads, heads / kv_heads, T, head_dim)
         out = query.new_empty(tokens, heads, dim)
-        grouped_out = out.view(tokens, groups, -1, dim).permute(1, 2, 0, 3)
-        for block in _blocks(key, value, layout, wide):
-            p = _probabilities(q[:, :, block.queries], block, scale).to(query.dtype)
-            grouped_out[:, :, block.queries] = torch.bmm(p.flatten(1, 2), block.value).view(groups, -1, p.shape[2], dim)
+        y = _grouped(out.transpose(0, 1), len(key))
+        for block in _Blocks(query, key, value, layout, scale):
+            p = block.probabilities().to(query.dtype)
+            y[:, :, block.queries] = torch.bmm(p, block.value).unflatten(1, (-1, block.rows))
         ctx.save_for_backward(query, key, value, out)
         ctx.layout, ctx.scale = layout, scale
         return out
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out = ctx.saved_tensors
-        tokens, dim = query.shape[1:]
-        groups, prefix = len(key), ctx.layout.prefix
-        wide = torch.promote_types(query.dtype, torch.float32)
-        q = query.view(groups, -1, tokens, dim)
-        dy, y = (tensor.view(tokens, groups, -1, dim).permute(1, 2, 0, 3) for tensor in (grad_outputs[0], out))
-        d_query = torch.empty_like(q)
-        d_key, d_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
-        for block in _blocks(key, value, ctx.layout, wide):
-            q_block, dy_block = q[:, :, block.queries].flatten(1, 2), dy[:, :, block.queries].flatten(1, 2)
-            p = _probabilities(q[:, :, block.queries], block, ctx.scale)
-            d_v = torch.bmm(p.to(q.dtype).flatten(1, 2).transpose(1, 2), dy_block)
-            inner = (dy[:, :, block.queries].to(wide) * y[:, :, block.queries]).sum(-1, keepdim=True)
-            d_p = torch.bmm(dy_block.to(wide), block.wide_value).view_as(p)
-            d_scores = d_p.sub_(inner).mul_(p).to(q.dtype).flatten(1, 2)
-            d_query[:, :, block.queries] = (
-                torch.bmm(d_scores, block.key).view_as(q[:, :, block.queries]).mul_(ctx.scale)
-            )
-            d_k = torch.bmm(d_scores.transpose(1, 2), q_block)
+        prefix, groups = ctx.layout.prefix, len(key)
+        blocks = _Blocks(query, key, value, ctx.layout, ctx.scale)
+        dy, y = (_grouped(tensor.transpose(0, 1), groups) for tensor in (grad_outputs[0], out))
+        inner = (dy.to(blocks.wide) * y).sum(-1, keepdim=True)  # of dp and p, row by row: (kv_heads, shared, T, 1)
+        d_query = torch.empty_like(query)
+        d_q = _grouped(d_query, groups)
+        d_key, d_value = torch.zeros_like(key, dtype=blocks.wide), torch.zeros_like(value, dtype=blocks.wide)
+        for block in blocks:
+            dy_block = dy[:, :, block.queries].flatten(1, 2)
+            p = block.probabilities()
+            d_v = torch.bmm(p.to(query.dtype).transpose(1, 2), dy_block)
+            d_p = torch.bmm(dy_block.to(blocks.wide), block.wide_value.transpose(1, 2))
+            d_scores = d_p.sub_(inner[:, :, block.queries].flatten(1, 2)).mul_(p).to(query.dtype)
+            d_q[:, :, block.queries] = torch.bmm(d_scores, block.key).unflatten(1, (-1, block.rows))
+            d_k = torch.bmm(d_scores.transpose(1, 2), block.query.flatten(1, 2))
             for gradient, part in ((d_key, d_k), (d_value, d_v)):
                 if block.sees_prefix:
                     gradient[:, :prefix] += part[:, :prefix]
-                gradient[:, block.own] += part[:, part.shape[1] - (block.own.stop - block.own.start) :]
-        return (
-            d_query.view_as(query),
-            d_key.mul_(ctx.scale).to(key.dtype),
-            d_value.to(value.dtype),
-            None,
-            None,
-        )
+                gradient[:, block.own] += part[:, prefix * block.sees_prefix :]
+        return d_query.mul_(ctx.scale), d_key.mul_(ctx.scale).to(key.dtype), d_value.to(value.dtype), None, None
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """The heads by the key they share. (heads, T, head_dim) -> (kv_heads, shared, T, head_dim)"""
+    return x.unflatten(0, (groups, -1))
 
 
 class _Block(NamedTuple):
-    """Some queries of one example, and the keys and values that the last of them sees."""
+    """Some queries of one example, and the keys and values that the last of them sees; what is `wide` is fp32."""
 
     queries: slice
     own: slice  # the example's own tokens among the keys
     sees_prefix: bool
+    query: Tensor  # (kv_heads, shared, rows, head_dim)
+    wide_query: Tensor  # the same, scaled
     key: Tensor  # (kv_heads, keys, head_dim)
-    value: Tensor  # (kv_heads, keys, head_dim)
-    wide_key: Tensor  # (kv_heads, head_dim, keys), fp32
-    wide_value: Tensor  # (kv_heads, head_dim, keys), fp32
+    value: Tensor
+    wide_key: Tensor
+    wide_value: Tensor
+
+    @property
+    def rows(self) -> int:
+        """How many queries there are."""
+        return self.query.shape[2]
+
+    def probabilities(self) -> Tensor:
+        """How much each query attends to each key. (kv_heads, shared * rows, keys)"""
+        scores = torch.bmm(self.wide_query.flatten(1, 2), self.wide_key.transpose(1, 2))
+        ahead = torch.full((self.rows, self.rows), -torch.inf, dtype=scores.dtype).triu_(1)
+        scores.unflatten(1, (-1, self.rows))[..., -self.rows :] += ahead
+        return torch.softmax(scores, -1)
 
 
-def _blocks(key: Tensor, value: Tensor, layout: Layout, wide: torch.dtype) -> Iterator[_Block]:
-    for tokens, sees_prefix in layout.parts():
-        k, v = key[:, tokens], value[:, tokens]
-        prefix = layout.prefix if sees_prefix else 0
-        if prefix:
-            k, v = torch.cat([key[:, :prefix], k], 1), torch.cat([value[:, :prefix], v], 1)
-        wide_k, wide_v = (x.to(wide).transpose(1, 2).contiguous() for x in (k, v))
-        for start in range(tokens.start, tokens.stop, BLOCK_ROWS):
-            end = min(start + BLOCK_ROWS, tokens.stop)
-            seen = prefix + end - tokens.start
-            pieces = (k[:, :seen], v[:, :seen], wide_k[:, :, :seen], wide_v[:, :, :seen])
-            yield _Block(slice(start, end), slice(tokens.start, end), sees_prefix, *pieces)
+class _Blocks:
+    """The blocks of all examples, one after the other."""
 
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> None:
+        self.wide = torch.promote_types(query.dtype, torch.float32)
+        self._layout, self._query = layout, _grouped(query, len(key))
+        self._wide_query = self._query.to(self.wide) * scale
+        self._keys = (key, value, key.to(self.wide), value.to(self.wide))
 
-def _probabilities(q: Tensor, block: _Block, scale: float) -> Tensor:
-    """How much each query of a block attends to each key. (kv_heads, heads / kv_heads, queries, keys)"""
-    rows = q.shape[2]
-    scores = torch.bmm(q.flatten(1, 2).to(block.wide_key.dtype) * scale, block.wide_key)
-    scores = scores.view(*q.shape[:3], -1)
-    ahead = torch.ones(rows, rows, dtype=torch.bool).triu_(1)
-    scores[..., -rows:].masked_fill_(ahead, -torch.inf)
-    return torch.softmax(scores, -1)
+    def __iter__(self) -> Iterator[_Block]:
+        for tokens, sees_prefix in self._layout.parts():
+            prefix = self._layout.prefix if sees_prefix else 0
+            keys = [x[:, tokens] for x in self._keys]
+            if prefix:
+                keys = [torch.cat([x[:, :prefix], own], 1) for x, own in zip(self._keys, keys, strict=True)]
+            length = tokens.stop - tokens.start
+            rows = math.ceil(length / math.ceil(length / BLOCK_ROWS))  # blocks of about one size
+            for start in range(tokens.start, tokens.stop, rows):
+                end = min(start + rows, tokens.stop)
+                queries, seen = slice(start, end), prefix + end - tokens.start
+                pieces = (self._query[:, :, queries], self._wide_query[:, :, queries], *(x[:, :seen] for x in keys))
+                yield _Block(queries, slice(tokens.start, end), sees_prefix, *pieces)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -176,25 +186,34 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
+    queries, seen, order = _varlen_layout(layout, query.device)
+    if order is not None:
+        k, v = k.index_select(0, order), v.index_select(0, order)
+    longest_q = max(layout.prefix, *layout.lengths)
+    longest_k = max(layout.lengths) + layout.prefix
+    causal = (-1, 0)
+    out = varlen_attn(q, k, v, queries, seen, longest_q, longest_k, scale=scale, window_size=causal, enable_gqa=True)
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+@functools.lru_cache(maxsize=2)
+def _varlen_layout(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(where each part's queries begin, where its keys begin, the keys' order or None for their own), once a batch.
+
+    (parts + 1,), (parts + 1,), int32; (keys,), int64
+    """
     parts = list(layout.parts())
     own = [tokens.stop - tokens.start for tokens, _ in parts]
     seen = [length + layout.prefix * sees_prefix for length, (_, sees_prefix) in zip(own, parts, strict=True)]
-    if layout.prefix:
-        prefix = torch.arange(layout.prefix)
-        pieces = [torch.arange(tokens.start, tokens.stop) for tokens, _ in parts]
-        order = torch.cat([torch.cat([prefix, p]) if sees else p for p, (_, sees) in zip(pieces, parts, strict=True)])
-        order = order.to(query.device, non_blocking=True)
-        k, v = k.index_select(0, order), v.index_select(0, order)
-    offsets_q, offsets_k = (
-        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(query.device, non_blocking=True)
-        for lengths in (own, seen)
-    )
-    causal = (-1, 0)
-    out = varlen_attn(
-        q, k, v, offsets_q, offsets_k, max(own), max(seen), scale=scale, window_size=causal, enable_gqa=True
-    )
-    assert isinstance(out, Tensor)
-    return out[None]
+    offsets = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (own, seen)]
+    queries, keys = (tensor.to(device, non_blocking=True) for tensor in offsets)
+    if not layout.prefix:
+        return queries, keys, None
+    prefix = torch.arange(layout.prefix)
+    pieces = [torch.arange(tokens.start, tokens.stop) for tokens, _ in parts]
+    order = [torch.cat([prefix, p]) if sees else p for p, (_, sees) in zip(pieces, parts, strict=True)]
+    return queries, keys, torch.cat(order).to(device, non_blocking=True)
 
 
 def no_mask(*_: Any, **__: Any) -> None:

@@ -118,13 +118,13 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def draw_dropped(x: Tensor, dropout: float) -> Tensor:
-    """Which elements of x a dropout zeroes: a mask of x's shape on CUDA, their flat positions on the CPU.
+    """Which elements of x a dropout zeroes: a mask of x's shape, or on the CPU their flat positions when they are few.
 
-    On the CPU the gaps between dropped elements are drawn, from their geometric distribution: the same Bernoulli
-    process with one draw for each element that is dropped instead of one for each element.
+    There the gaps between dropped elements are drawn, from their geometric distribution: the same Bernoulli process
+    with one draw for each element that is dropped instead of one for each element.
     """
-    if x.is_cuda:
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)
+    if x.is_cuda or dropout > 1 / torch.int64.itemsize:  # a position takes 8 bytes, an element of a mask one
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(dropout)
     size, positions = x.numel(), torch.zeros(0, dtype=torch.int64)
     while (last := int(positions[-1]) if len(positions) else -1) < size:
         count = int(size * dropout + 6 * math.sqrt(size * dropout)) + 1

@@ -248,3 +248,16 @@ def test_a_shared_prefix_gives_the_same_states_and_gradients(load_tiny):
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(grads, expected, strict=True):
         assert relative_error(ours, theirs) < 1e-5
+
+
+def test_backward_under_autocast_is_the_same():
+    """A loop of one's own may call backward inside autocast, which once took the fp32 scores there to bf16."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 40, 16).bfloat16().requires_grad_() for heads in (4, 2, 2))
+    found = []
+    for enabled in (False, True):
+        out, _ = packed_attention(None, query, key, value, None, layout=Layout((30, 10)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(torch.autograd.grad(out.sum(), (query, key, value)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
