@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,6 +43,8 @@ class Job:
     device: torch.device
     folder: Path
     flags: dict[str, Any]  # further minilora keys
+    seed: int = 42
+    save: Path | None = None  # where the adapter goes, in PEFT's format
 
     def rendered(self) -> tuple[list[Row], Dataset]:
         """The rows, and the tokens by which all are measured: no padding, nothing after the last <|im_end|>."""
@@ -61,10 +64,13 @@ def minilora(job: Job, check: bool) -> Result:
 
     flags = {"model": job.model, "train_file": str(job.rows_file), "device": str(job.device), "num_train_epochs": 1}
     flags |= {"max_length": MAX_LENGTH, "system_prompt": SYSTEM, "output_dir": str(job.folder / "run")}
+    flags |= {"seed": job.seed}
     config = resolve("lora", flags | job.flags)
     if check:
         return {"start_completion_loss": minilora_start_loss(config)}
     summary = loop.train(config)
+    if job.save:
+        shutil.copytree(job.folder / "run" / "adapter", job.save)
     first = json.loads((job.folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[0])
     return {
         "seconds": summary.seconds,
@@ -109,6 +115,7 @@ def common(job: Job, per_device: int) -> dict[str, Any]:
         "gradient_accumulation_steps": EXAMPLES_PER_STEP // per_device,
         "per_device_eval_batch_size": 1,
         "num_train_epochs": 1,
+        "seed": job.seed,
         "warmup_steps": 0.1,  # a share: transformers 5 has no warmup_ratio
         "bf16": pick_dtype("auto", job.device) == torch.bfloat16,
         "use_cpu": job.device.type == "cpu",
@@ -125,17 +132,16 @@ def seed(job: Job, check: bool) -> Result:
     Every row padded on the left to max_length, gradient checkpointing, all logits; the loss is on every token but
     padding, as DataCollatorForLanguageModeling makes it (with pad = eos, as in the script, no <|im_end|> either).
     Two things are not the script's. Its max_length is the length of its FIRST row, which cuts every longer row: other
-    tokens than its peers', and any speed one likes by a choice of that row; here it is the longest row's, at most
-    MAX_LENGTH. And its prepare_model_for_kbit_training casts the base to fp32; bf16 is the kinder reading.
+    tokens than its peers', and any speed one likes by a choice of that row; here it is MAX_LENGTH. And its
+    prepare_model_for_kbit_training casts the base to fp32; bf16 is the kinder reading.
     """
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
     rows, dataset = job.rendered()
     tokenizer = load_tokenizer(Path(job.model))
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
-    limit = int(dataset.lengths.max())
     texts = [seed_text(row) for row in rows]
-    encoded = tokenizer(texts, truncation=True, max_length=limit, padding="max_length")
+    encoded = tokenizer(texts, truncation=True, max_length=MAX_LENGTH, padding="max_length")
     columns = [{key: encoded[key][i] for key in ("input_ids", "attention_mask")} for i in range(len(rows))]
     settings = TrainingArguments(
         **common(job, per_device=4),
@@ -148,7 +154,7 @@ def seed(job: Job, check: bool) -> Result:
     if check:
         first = columns[:EXAMPLES_PER_STEP]
         return {"start_completion_loss": trainer_start_loss(trainer, first, dataset, same_mask=False)}
-    return run_trainer(trainer, job.device)
+    return run_trainer(trainer, job)
 
 
 def seed_text(row: Row) -> str:
@@ -184,7 +190,7 @@ def trl(job: Job, check: bool, per_device: int, sampling: str = "random") -> Res
         trainer.args.train_sampling_strategy = "random"  # grouped, evaluation too would take the rows in another order
         first = trainer.train_dataset.select(range(EXAMPLES_PER_STEP))
         return {"start_completion_loss": trainer_start_loss(trainer, first, dataset, same_mask=True)}
-    return run_trainer(trainer, job.device)
+    return run_trainer(trainer, job)
 
 
 def conversation(row: Row) -> dict[str, Any]:
@@ -223,7 +229,7 @@ def trainer_start_loss(trainer: Any, first: Any, dataset: Dataset, same_mask: bo
     return nats / supervised
 
 
-def run_trainer(trainer: Any, device: torch.device) -> Result:
+def run_trainer(trainer: Any, job: Job) -> Result:
     """Train, timing from the beginning of the first step to the end of the last."""
     from transformers import TrainerCallback
 
@@ -234,13 +240,15 @@ def run_trainer(trainer: Any, device: torch.device) -> Result:
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             if not times:
-                times.append(now(device))
+                times.append(now(job.device))
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(now(device))
+            times.append(now(job.device))
 
     trainer.add_callback(Clock())
     trainer.train()
+    if job.save:
+        trainer.save_model(str(job.save))
     first = next(record for record in trainer.state.log_history if "grad_norm" in record)
     return {
         "seconds": times[-1] - times[0],
@@ -248,7 +256,7 @@ def run_trainer(trainer: Any, device: torch.device) -> Result:
         "first_step_loss": first["loss"],
         "first_grad_norm": first["grad_norm"],
         "seconds_to_first_step": times[1] - STARTED,
-        "peak_training_bytes": peak_bytes(device),
+        "peak_training_bytes": peak_bytes(job.device),
     }
 
 
@@ -326,15 +334,17 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
     parser.add_argument("--flags", default="{}", help="JSON of further minilora keys")
     parser.add_argument("--check", action="store_true", help="only the loss before training")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--save", type=Path, help="folder for the adapter")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a Trainer would spread over all cards
     device = pick_device(args.device)
-    torch.manual_seed(42)
+    torch.manual_seed(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         rows_file = Path(folder) / "rows.jsonl"
         rows_file.write_bytes(first_rows(args.train_file, args.rows))
-        job = Job(args.model, rows_file, device, Path(folder), json.loads(args.flags))
+        job = Job(args.model, rows_file, device, Path(folder), json.loads(args.flags), args.seed, args.save)
         contender = CONTENDERS[args.name]
         result = contender(job, True) if args.check else measured(job, contender)
     args.json.write_text(json.dumps(result | about(device)))

@@ -10,25 +10,23 @@ and gives back before it returns is not seen.
 
 import argparse
 import gc
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from minilora import attention, fast, lora
 from minilora.batching import Batch, collate
 from minilora.data import IGNORE, Example
 from minilora.loss import token_loss
 from minilora.model import head_weight, hidden_states, packed
+from minilora.predict import LAYERS, marked_at_first_layer
+from minilora.watch import Watch, as_on, to_fake
 
 SHAPE = {  # Qwen2-0.5B
     "hidden_size": 896,
@@ -43,9 +41,6 @@ RANK, ALPHA, DROPOUT = 8, 32, 0.05
 SUPERVISED_SHARE = 0.5
 CONTENDERS = ("minilora", "peft")
 
-FORWARD_ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
-BACKWARD_ATTENTION = tuple(f"{name}_backward" for name in FORWARD_ATTENTION)
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -58,9 +53,15 @@ class Counts:
     examples: int
     flops: int
     saved_bytes: int  # alive between forward and backward, beyond the weights and the batch
-    peak_bytes: int  # most alive at once, beyond the weights and the batch
+    peaks_bytes: tuple[int, ...]  # most alive at once, beyond the weights and the batch, stretch by stretch
     operations: int  # dispatched, views included
     kernels: int  # those that are no views
+    names: dict[str, int]  # the operations by name
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most alive at once, beyond the weights and the batch."""
+        return max(self.peaks_bytes)
 
     @property
     def flops_per_token(self) -> float:
@@ -71,59 +72,6 @@ class Counts:
     def saved_bytes_per_token(self) -> float:
         """Bytes kept for backward, per token."""
         return self.saved_bytes / self.tokens
-
-
-class Watch(TorchDispatchMode):
-    """Counts dispatched operations and FLOPs, and follows the storages that operations make until they are gone."""
-
-    def __init__(self, left_out: list[Tensor]) -> None:
-        super().__init__()
-        self.operations = self.kernels = self.flops = self.alive_bytes = self.peak_bytes = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in left_out}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not made:  # a question about device or dtype: real tensors answer it without a dispatch
-            return out
-        self.operations += 1
-        self.kernels += not func.is_view
-        self.flops += flops_of(func, args)
-        for tensor in made:
-            self._follow(tensor.untyped_storage())
-        return out
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.alive_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.alive_bytes)
-        weakref.finalize(storage, self._gone, key, size).atexit = False
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.alive_bytes -= size
-
-
-def flops_of(func: Any, args: Any) -> int:
-    """FLOPs of one operation, 2 for a multiplication with its addition; 0 for all that are no products.
-
-    Attention counts as the full square, the convention of torch's FlopCounterMode: kernels that skip what is masked do
-    about half of it.
-    """
-    name = func.overloadpacket.__name__.removesuffix("_")
-    shapes = [arg.shape for arg in args[:4] if isinstance(arg, Tensor)]
-    if name in ("mm", "bmm"):
-        return 2 * shapes[0].numel() * shapes[1][-1]
-    if name in ("addmm", "baddbmm"):
-        return 2 * shapes[1].numel() * shapes[2][-1]
-    if name in FORWARD_ATTENTION:  # query, key: (batch, heads, length, head_dim)
-        return 4 * shapes[0].numel() * shapes[1][-2]  # scores; their product with the values
-    if name in BACKWARD_ATTENTION:  # of out, query, key
-        return 10 * shapes[1].numel() * shapes[2][-2]  # scores again, d value, d probabilities, d query, d key
-    return 0
 
 
 def formula_flops_per_token(tokens_per_example: int, layers: int = 24) -> float:
@@ -139,6 +87,20 @@ def formula_flops_per_token(tokens_per_example: int, layers: int = 24) -> float:
     return 4 * body + 4 * head * SUPERVISED_SHARE + seen
 
 
+def whole(contender: str, layers: int = 24, **size: Any) -> Counts:
+    """`count` of the whole model from 2 and 3 of its layers: every one but the first costs the same."""
+    few, more = (count(contender, layers=number, **size) for number in LAYERS)
+    steps = layers - LAYERS[0]
+
+    def along(name: str) -> int:
+        return getattr(few, name) + steps * (getattr(more, name) - getattr(few, name))
+
+    peaks = tuple(low + steps * (high - low) for low, high in zip(few.peaks_bytes, more.peaks_bytes, strict=True))
+    names = {name: few.names[name] + steps * (number - few.names[name]) for name, number in more.names.items()}
+    how = (few.contender, few.form, few.checkpointing, few.tokens, few.examples)
+    return Counts(*how, along("flops"), along("saved_bytes"), peaks, along("operations"), along("kernels"), names)
+
+
 def count(
     contender: str,
     tokens: int = 4096,
@@ -151,7 +113,6 @@ def count(
     """The figures of one micro-batch of `examples` equal examples, `tokens` in all, half of them supervised.
 
     form: cpu, or cuda for minilora as it runs there (peft is counted on the CPU, where its dropout keeps fp32 noise)
-    layers: fewer than the model's 24 are quicker to count; every layer but the first costs the same.
     Raises ValueError for a contender that is none of CONTENDERS and for a form that is not there.
     """
     if contender not in CONTENDERS:
@@ -161,25 +122,25 @@ def count(
     length = tokens // examples
     step = minilora_step if contender == "minilora" else peft_step
     model, forward, inputs = step(base_model(layers), length, examples, dropout)
-    with FakeTensorMode(), ExitStack() as held:
-        held.enter_context(patched(lora, draw_dropped=dropped_mask))
-        if form == "cuda":
-            held.enter_context(patched(fast, CPU_ROWS=tokens, packed_attention=one_attention(length - 1)))
+    with FakeTensorMode(), as_on(form), ExitStack() as held:
         to_fake(model)
         inputs = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in inputs]
         if checkpointing:  # random numbers have no state here, so there is none to bring back
-            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False, "preserve_rng_state": False})
         held.enter_context(packed(model) if contender == "minilora" else nullcontext())
         watch = held.enter_context(Watch([*model.parameters(), *model.buffers(), *inputs]))
+        held.enter_context(marked_at_first_layer(model, watch))
         with torch.autocast("cpu", torch.bfloat16):
             loss = forward(inputs)
         gc.collect()
         saved = watch.alive_bytes
+        watch.mark()
         loss.backward()
     trained = [name for name, param in model.named_parameters() if param.grad is not None]
     assert len(trained) == 2 * len(TARGETS) * layers, f"{len(trained)} weights got a gradient"
     assert all("lora_" in name for name in trained), "a frozen weight got a gradient"
-    how = (watch.flops, saved, watch.peak_bytes, watch.operations, watch.kernels)
+    how = (watch.flops, saved, tuple(watch.peaks_bytes), watch.operations, watch.kernels, watch.names)
     return Counts(contender, form, checkpointing, tokens, examples, *how)
 
 
@@ -195,20 +156,6 @@ def base_model(layers: int) -> Any:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     return model.train()
-
-
-def to_fake(model: nn.Module) -> None:
-    """Exchange every parameter and buffer for a fake one on the CPU, the shared ones for a shared one."""
-    fakes: dict[int, Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                if isinstance(tensor, nn.Parameter):
-                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                tensors[name] = fakes.setdefault(id(tensor), fake)
 
 
 def minilora_step(model: Any, length: int, examples: int, dropout: float) -> Step:
@@ -248,44 +195,6 @@ def example(length: int) -> Example:
     return Example(ids, labels)
 
 
-def dropped_mask(x: Tensor, dropout: float) -> Tensor:
-    """minilora's dropout as it is drawn on CUDA, a mask of x's shape, for the CPU's form too.
-
-    On the CPU it draws the positions that are dropped; how many depends on what is drawn, and fake tensors hold no
-    numbers. A mask takes a byte for every element, the positions 8 bytes for every dropped one: at 5 % dropout the
-    CPU's true figure is lower by 0.6 bytes an element, 51 KB a token for q, k, v and o of all layers.
-    """
-    return torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)
-
-
-def one_attention(length: int) -> Callable[..., tuple[Tensor, None]]:
-    """A stand-in for minilora's attention on CUDA, one FlashAttention call for all examples.
-
-    torch.nn.attention.varlen takes CUDA tensors only, and those cannot even be faked without a CUDA build. All examples
-    have the same length here, so SDPA over them as a batch does the same work and saves the same.
-    """
-
-    def attend(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Tensor, None]:
-        q, k, v = (x[0].unflatten(1, (-1, length)).transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (examples, heads, length, dim)
-        return out.transpose(1, 2).flatten(0, 1)[None], None
-
-    return attend
-
-
-@contextmanager
-def patched(module: Any, **values: Any) -> Iterator[None]:
-    """Inside, the module's names have these values."""
-    before = {name: getattr(module, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
-
-
 def table(counts: list[Counts]) -> str:
     """The figures as Markdown."""
     units = "MFLOP/token | saved for backward, KB/token | peak beyond the weights, GiB | operations | not views"
@@ -309,11 +218,13 @@ def main() -> None:
     args = parser.parse_args()
     size = {"tokens": args.tokens, "examples": args.examples, "dropout": args.dropout, "layers": args.layers}
     kinds = (("minilora", "cuda"), ("minilora", "cpu"), ("peft", "cpu"))
-    counts = [count(name, form=form, checkpointing=again, **size) for name, form in kinds for again in (False, True)]
+    counts = [whole(name, form=form, checkpointing=again, **size) for name, form in kinds for again in (False, True)]
     print(f"{args.tokens:,} tokens in {args.examples} examples, half supervised, dropout {args.dropout}, ", end="")
     print(f"torch {torch.__version__}\n\n{table(counts)}\n")
     formula = formula_flops_per_token(args.tokens // args.examples, args.layers) / 1e6
     print(f"formula (DESIGN 5): {formula:,.0f} MFLOP/token")
+    often = sorted(counts[0].names.items(), key=lambda item: -item[1])[:12]
+    print("most frequent operations of the first row: " + ", ".join(f"{name} {number:,}" for name, number in often))
 
 
 if __name__ == "__main__":

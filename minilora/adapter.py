@@ -64,12 +64,16 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save(folder: Path, model: nn.Module, config: AdapterConfig, metadata: Mapping[str, str]) -> None:
+    """Write the adapter of a model: `write` with the tensors of its LoRALinear layers."""
+    write(folder, tensors(model), config, metadata)
+
+
+def write(folder: Path, named: Mapping[str, Tensor], config: AdapterConfig, metadata: Mapping[str, str]) -> None:
     """Write adapter_config.json, then adapter_model.safetensors, each replaced at once.
 
-    metadata (base fingerprint, system prompt, ...) goes into the safetensors header, where PEFT does not mind it.
-    Raises DivergedError when a tensor is not finite: such an adapter is never written.
+    named: as `tensors` gives them. metadata (base fingerprint, system prompt, ...) goes into the safetensors header,
+    where PEFT does not mind it. Raises DivergedError when a tensor is not finite: such an adapter is never written.
     """
-    named = tensors(model)
     if broken := [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]:
         raise DivergedError(
             f"the adapter is not finite ({broken[0]} and {len(broken) - 1} more): not written to {folder}"
@@ -135,6 +139,14 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def base_of(folder: Path, model_name: str | None = None) -> str:
+    """The base of an adapter, a hub name or a folder: model_name, else what its file says. Raises AdapterError."""
+    config = read_config(folder)
+    if name := model_name or config.base_model:
+        return name
+    raise AdapterError(f"{folder} does not say which base it was trained on: give --model")
+
+
 def read_metadata(folder: Path) -> dict[str, str]:
     """The header of adapter_model.safetensors: base_fingerprint, system_prompt, ... where minilora wrote it."""
     try:
@@ -152,11 +164,7 @@ def load(model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base
     Raises AdapterError with every missing, extra or misshapen tensor at once, or when the adapter was trained on
     another base (unless allow_other_base); the model is unchanged then.
     """
-    config = read_config(folder)
-    check_base(folder, config, base_fingerprint, allow_other_base)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    shapes = {f"{name}.weight": (linear.out_features, linear.in_features) for name, linear in linears.items()}
-    updates = read_updates(folder, config, shapes)
+    config, updates = read(model, folder, base_fingerprint, allow_other_base)
     inject(model, config.target_modules, config.rank, config.alpha, config.dropout, config.rslora)
     with torch.no_grad():
         for name, layer in lora_layers(model).items():
@@ -172,6 +180,24 @@ class Update:
     A: Tensor
     B: Tensor
     scale: float
+
+
+def read(
+    model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base: bool = False
+) -> tuple[AdapterConfig, dict[str, Update]]:
+    """(settings, updates by the weight's name) of an adapter for this base, on which others may be; changes nothing.
+
+    Raises AdapterError as `load` does.
+    """
+    config = read_config(folder)
+    check_base(folder, config, base_fingerprint, allow_other_base)
+    linears = {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    shapes = {f"{name}.weight": (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    return config, read_updates(folder, config, shapes)
 
 
 def check_base(folder: Path, config: AdapterConfig, base_fingerprint: str, allow_other_base: bool) -> None:
@@ -208,6 +234,8 @@ def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple
         loaded = files.read_tensors(folder / WEIGHTS, expected)
     except ValueError as error:
         raise AdapterError(f"{folder / WEIGHTS}: {error}") from error
+    if broken := [name for name, tensor in loaded.items() if not torch.isfinite(tensor).all()]:
+        raise AdapterError(f"{folder / WEIGHTS}: not finite: {broken[0]} and {len(broken) - 1} more")
     scale = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
     return {
         f"{name}.weight": Update(

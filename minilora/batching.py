@@ -5,7 +5,7 @@ so the cut is free: it serves speed and memory only.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,16 @@ def common_prefix(examples: Sequence[Example]) -> int:
     for example in examples[1:]:
         same &= (example.input_ids[:longest] == first.input_ids[:longest]) & (example.labels[:longest] == IGNORE)
     return int(np.argmin(np.append(same, False)))
+
+
+def micro_batches(examples: Sequence[Example], max_tokens: int, share_prefix: bool = False) -> Iterator[Batch]:
+    """Examples, cut and collated: each Batch computes at most max_tokens tokens, or is one example.
+
+    What all the examples begin with counts once for each Batch where it is shared, not once for each example.
+    """
+    shared = common_prefix(examples) if share_prefix else 0
+    for part in cut([len(example.input_ids) - 1 - shared for example in examples], max_tokens - shared):
+        yield collate([examples[i] for i in part], share_prefix)
 
 
 def cut(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:

@@ -74,7 +74,8 @@ class Identity:
         ]
         for key, words in (("base_fingerprint", "the base model"), ("dataset_sha256", "the training data")):
             if saved.get(key) != getattr(self, key):
-                changed.append(f"{words} has changed: fingerprint {saved.get(key)}, is {getattr(self, key)}")
+                was, now = (f"{str(value)[:12]}…" for value in (saved.get(key), getattr(self, key)))
+                changed.append(f"{words} has changed: fingerprint {was}, is {now}")
         return changed
 
 
@@ -91,7 +92,10 @@ def checkpoint_path(run: Path, step: int) -> Path:
 def save(
     run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, identity: Identity, keep: int
 ) -> Path:
-    """Write the checkpoint of state.step, check it, then delete all but the newest `keep` (0: none)."""
+    """Write the checkpoint of state.step, check it, then delete later ones, and all but the newest `keep` (0: none).
+
+    Later ones are damaged, or of a way that the run has been taken back from: they stay until the new way is on disk.
+    """
     path = checkpoint_path(run, state.step)
     params = trainable(model)
     moments = {
@@ -116,6 +120,7 @@ def save(
         validate(path)
     except CheckpointError as error:  # nothing but the disk can have done this
         raise StorageError(f"{error} What was saved before is intact.") from error
+    remove_after(run, state.step)
     with files.storage_errors(path.parent):
         for old in checkpoints(run)[keep:] if keep else []:
             if old != path:
@@ -236,6 +241,11 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
                 keys = ("step", "exp_avg", "exp_avg_sq")
                 optimizer.state[param] = {key: moments[f"{name}.{key}"].to(param.device) for key in keys}
     return state
+
+
+def asked_tokens(path: Path) -> int:
+    """The token budget that a checkpoint's run was begun with. Raises CheckpointError."""
+    return _read_state(path / STATE).asked_tokens
 
 
 def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

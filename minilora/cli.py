@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NoReturn
 
 from minilora import __version__
 from minilora.config import FIELDS, TYPES, TrainConfig, choices, resolve
-from minilora.errors import ConfigError, DataError, MiniloraError
+from minilora.errors import ConfigError, MiniloraError, printable
 
 PROG = "minilora"
 
@@ -32,8 +33,9 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args([*map(normal, argv[:end]), *argv[end:]])
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
+            flags = [word for word in unknown if re.match(r"--?[^\W\d]", word)]
             hints = []
-            for word in unknown:
+            for word in flags or unknown:  # what follows an unknown flag is its value, no second mistake
                 close = difflib.get_close_matches(word.partition("=")[0], known, n=1)
                 hints.append(f"unknown argument {word!r}" + (f" Did you mean {close[0]}?" if close else ""))
             raise ConfigError("; ".join(hints) + f". See {self.prog} --help")
@@ -49,12 +51,17 @@ def normal(word: str) -> str:
 
 
 def train_parser() -> Parser:
-    """The flags of `train`: one for each field of TrainConfig."""
-    parser = Parser(
-        prog=f"{PROG} train",
-        description="Fine-tune a model. With no argument at all: preset lora on Qwen/Qwen2-0.5B-Instruct, or the "
+    """The flags of `train`."""
+    return run_parser(
+        "train",
+        "Fine-tune a model. With no argument at all: preset lora on Qwen/Qwen2-0.5B-Instruct, or the "
         "built-in demo where that model cannot be had.",
     )
+
+
+def run_parser(verb: str, description: str) -> Parser:
+    """The flags that say what a run is: one for each field of TrainConfig."""
+    parser = Parser(f"{PROG} {verb}", description)
     parser.add_argument(
         "source", nargs="?", metavar="PRESET | FILE.toml", help="lora, full, demo, or a TOML file of keys"
     )
@@ -62,7 +69,7 @@ def train_parser() -> Parser:
         default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
         text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
         shape: dict[str, Any] = {"metavar": "|".join(choices(name)) or None, "help": text, "default": argparse.SUPPRESS}
-        if TYPES[name] is bool:
+        if TYPES[name] in (bool, bool | None):
             shape |= {"nargs": "?", "const": "true", "metavar": "true|false"}
         elif isinstance(field.default, tuple):
             shape |= {"nargs": "+", "metavar": "NAME"}
@@ -76,16 +83,37 @@ def train_command(argv: Sequence[str]) -> int:
     source = args.pop("source")
     if not argv:
         source = source_of_bare_call()
-    base = None
-    if args.get("resume") not in (None, "auto", "never"):
-        from minilora.rundir import saved_config
-
-        base = saved_config(Path(args["resume"]))
-    config = resolve(source or ("lora" if base is None else None), args, base)
+    config = config_of(source, args)
 
     from minilora.loop import train
 
     train(config)
+    return 0
+
+
+def config_of(source: str | None, flags: dict[str, Any]) -> TrainConfig:
+    """The settings that a preset or file and flags make: over those of the run to resume, or over preset lora's."""
+    base = None
+    if flags.get("resume") not in (None, "auto", "never"):
+        from minilora.rundir import saved_config
+
+        base = saved_config(Path(os.path.expanduser(flags["resume"])))
+    return resolve(source or ("lora" if base is None else None), flags, base)
+
+
+def plan_command(argv: Sequence[str]) -> int:
+    """minilora plan"""
+    parser = run_parser(
+        "plan", "Say what memory a run will need, by part and for other settings; nothing is loaded or trained."
+    )
+    parser.add_argument("--card", metavar="NAME | GIB", help="plan for this card (RTX 4080, H100, 24, ...)")
+    args = vars(parser.parse(argv))
+    source, card = args.pop("source"), args.pop("card")
+    config = config_of(source, args)
+
+    from minilora.plan import plan
+
+    plan(config, card)
     return 0
 
 
@@ -105,27 +133,37 @@ def source_of_bare_call() -> str:
     return "demo"
 
 
-def speaker_parser(verb: str, description: str) -> Parser:
-    """The flags shared by the verbs that let a model speak."""
-    parser = Parser(prog=f"{PROG} {verb}", description=description)
-    parser.add_argument("--adapter", metavar="DIR", help="adapter folder; its base is found from it")
+def model_flags(parser: Parser, several: bool = False) -> None:
+    """The flags that say which model, and how it is loaded."""
+    if several:
+        text = "adapter folder, again for each further one; the base is found from the first"
+        parser.add_argument("--adapter", metavar="[NAME=]DIR", action="append", default=[], help=text)
+    else:
+        parser.add_argument("--adapter", metavar="DIR", help="adapter folder; its base is found from it")
     parser.add_argument("--model", metavar="NAME", help="hub name or folder; overrides the adapter's base")
     parser.add_argument(
         "--allow_other_base", action="store_true", help="load the adapter on a base it was not trained on"
     )
     parser.add_argument("--system_prompt", metavar="TEXT", help="default: the one the adapter was trained with")
+    how = "auto: bfloat16 where the hardware multiplies in it"
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=how)
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+
+
+def speaker_parser(verb: str, description: str, several: bool = False) -> Parser:
+    """The flags shared by the verbs that let a model speak."""
+    parser = Parser(prog=f"{PROG} {verb}", description=description)
+    model_flags(parser, several)
     parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens of an answer at most (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default: 0)")
     parser.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling (default: 1)")
     parser.add_argument("--top_k", type=int, default=0, help="sample among so many; 0: all (default: 0)")
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
     return parser
 
 
-def load_from(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(Speaker, Sampling) from parsed flags."""
+def sampling_of(args: argparse.Namespace) -> Any:
+    """Sampling from parsed flags, whose numbers are checked before anything is loaded."""
     good = args.max_new_tokens >= 1 and 0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0
     if not good or not 0 <= args.seed < 2**63:
         raise ConfigError(
@@ -133,19 +171,43 @@ def load_from(args: argparse.Namespace) -> tuple[Any, Any]:
         )
     import torch
 
-    from minilora.generate import Sampling, load_speaker
+    from minilora.generate import Sampling
 
     torch.manual_seed(args.seed)
-    speaker = load_speaker(args.model, args.adapter, args.dtype, args.device, args.system_prompt, args.allow_other_base)
-    return speaker, Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
+    return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
+
+
+def load_from(args: argparse.Namespace) -> Any:
+    """A Speaker from parsed flags."""
+    from minilora.generate import load_speaker
+
+    return load_speaker(args.model, args.adapter, args.dtype, args.device, args.system_prompt, args.allow_other_base)
+
+
+def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Raise ConfigError for a number below what it can be."""
+    for name in names:
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} must be at least {least}")
 
 
 def generate_command(argv: Sequence[str]) -> int:
     """minilora generate"""
-    parser = speaker_parser("generate", "Answer one or more prompts.")
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser = speaker_parser("generate", "Answer prompts: those of the command line, or those of a file.")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to ask; after -- it may begin with a dash")
+    parser.add_argument(
+        "--input_file", metavar="F", help='JSONL: rows as for training, answers left out or not; or {"prompt": ...}'
+    )
+    parser.add_argument("--output_file", metavar="F", help='the same rows with an "answer" each, in the same order')
+    parser.add_argument("--batch_size", type=int, default=8, help="rows of a file answered together (default: 8)")
     args = parser.parse(argv)
-    speaker, sampling = load_from(args)
+    at_least(args, 1, "batch_size")
+    if bool(args.input_file) != bool(args.output_file) or bool(args.prompts) == bool(args.input_file):
+        raise ConfigError("give one or more of PROMPT, or both --input_file and --output_file")
+    sampling = sampling_of(args)
+    if args.input_file:
+        return answer_file(args, sampling)
+    speaker = load_from(args)
 
     from minilora.data import Turn
     from minilora.generate import answer
@@ -160,36 +222,69 @@ def generate_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def answer_file(args: argparse.Namespace, sampling: Any) -> int:
+    """minilora generate --input_file; whatever is wrong with the files is found before the model is loaded."""
+    from minilora.questions import check_output, read_questions, write_answers
+
+    source, output = Path(args.input_file), Path(args.output_file)
+    questions = read_questions(source)
+    check_output(source, output)
+    write_answers(load_from(args), questions, output, sampling, args.batch_size)
+    print(f"answered {len(questions):,} rows: {output}")
+    return 0
+
+
 def chat_command(argv: Sequence[str]) -> int:
     """minilora chat"""
-    parser = speaker_parser("chat", "Talk to a model. /new forgets the conversation, /quit or end of file leaves.")
-    speaker, sampling = load_from(parser.parse(argv))
+    parser = speaker_parser(
+        "chat",
+        "Talk to a model. /new forgets the conversation, /quit or end of file leaves; with adapters, /adapter NAME "
+        "switches and /base lets the base answer the last prompt.",
+        several=True,
+    )
+    args = parser.parse(argv)
+    sampling = sampling_of(args)
 
-    from minilora.data import Turn
-    from minilora.generate import answer
+    from minilora.adapters import load_several, named_folders
+    from minilora.chat import Chat
 
-    turns: list[Any] = []
-    print("Talk to it; /new starts afresh, /quit leaves.", flush=True)
-    while True:
-        try:
-            said = input("you> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return 0
-        if said in ("/quit", "/exit"):
-            return 0
-        if said == "/new":
-            turns = []
-        elif said:
-            turns.append(Turn("user", said))
-            try:
-                texts = answer(speaker, [turns], sampling, on_text=lambda text: print(text, end="", flush=True))
-            except DataError as error:  # too long, or no text: the conversation goes on without it
-                print(printable(str(error)), file=sys.stderr)
-                turns.pop()
-                continue
-            print()
-            turns.append(Turn("assistant", texts[0]))
+    how = (args.dtype, args.device, args.system_prompt, args.allow_other_base)
+    speaker, adapters = load_several(named_folders(args.adapter), args.model, *how)
+    Chat(speaker, adapters, sampling, fixed_prompt=args.system_prompt is not None).talk()
+    return 0
+
+
+def eval_command(argv: Sequence[str]) -> int:
+    """minilora eval"""
+    parser = Parser(
+        f"{PROG} eval", "Score a model on a file: loss, perplexity, token accuracy, exact answers; base and adapter."
+    )
+    model_flags(parser)
+    parser.add_argument("--eval_file", metavar="F", required=True, help="JSONL, rows as for training")
+    parser.add_argument("--merged", metavar="DIR", help="also this model folder, as `merge` writes it")
+    parser.add_argument("--max_rows", type=int, default=0, help="only the first so many; 0: all (default: 0)")
+    cut = f"tokens of a row, the rest is cut off (default: {TrainConfig.max_length})"
+    parser.add_argument("--max_length", type=int, default=TrainConfig.max_length, help=cut)
+    exact = "answer the first N rows and compare with theirs, to the letter (default: 0)"
+    parser.add_argument("--generate", metavar="N", type=int, default=0, help=exact)
+    parser.add_argument("--batch_size", type=int, default=8, help="rows answered together (default: 8)")
+    parser.add_argument("--json", metavar="F", help="write the figures there too")
+    args = parser.parse(argv)
+    at_least(args, 0, "max_rows", "generate")
+    at_least(args, 1, "batch_size")
+    at_least(args, 2, "max_length")
+
+    from minilora.evaluate import Request, evaluate, save, table
+
+    output = Path(args.json) if args.json else None
+    if output is not None and (output.is_dir() or not output.parent.is_dir()):
+        raise ConfigError(f"--json {output}: it is a folder, or there is none to write it to")
+    asked = {key: value for key, value in vars(args).items() if key != "json"}
+    found = evaluate(Request(**asked))
+    print(table(found))
+    if output is not None:
+        save(found, output)
+    return 0
 
 
 def merge_command(argv: Sequence[str]) -> int:
@@ -204,7 +299,13 @@ def merge_command(argv: Sequence[str]) -> int:
 
     from minilora.merge import merge
 
-    agreement = merge(Path(args.adapter), Path(args.output_dir), args.model, args.dtype, args.allow_other_base)
+    agreement = merge(
+        Path(os.path.expanduser(args.adapter)),
+        Path(os.path.expanduser(args.output_dir)),
+        args.model,
+        args.dtype,
+        args.allow_other_base,
+    )
     print(
         f"merged into {args.output_dir}: against base + adapter in fp32, largest logit difference "
         f"{agreement.max_logit_difference:.3g}, same likeliest token at {100 * agreement.top1_share:.1f} % of positions"
@@ -212,11 +313,59 @@ def merge_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def export_command(argv: Sequence[str]) -> int:
+    """minilora export"""
+    parser = Parser(f"{PROG} export", "Write an adapter in a form that other programs read, and say how they take it.")
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder")
+    parser.add_argument("--output_dir", metavar="DIR", required=True, help="where the exported adapter goes")
+    parser.add_argument(
+        "--portable",
+        action="store_true",
+        required=True,
+        help="fold the scale into B: lora_alpha = r, no rsLoRA, for readers that ignore them (the one form there is)",
+    )
+    args = parser.parse(argv)
+
+    from minilora.adapter import read_metadata
+    from minilora.export import export_portable, how_to_use
+
+    output = Path(args.output_dir)
+    config = export_portable(Path(args.adapter), output)
+    print(f"{'exported':<12} {output}: the scale of r {config.rank}, alpha {config.alpha} is in B now")
+    for program, text in how_to_use(output, config, read_metadata(output).get("system_prompt", "")):
+        print(f"{program:<12} {printable(text)}")
+    return 0
+
+
+def verify_command(argv: Sequence[str]) -> int:
+    """minilora verify"""
+    parser = Parser(f"{PROG} verify", "Check that an adapter is whole, finite, of its base, and the same when merged.")
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; its base is found from it")
+    parser.add_argument("--model", metavar="NAME", help="hub name or folder; overrides the adapter's base")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    args = parser.parse(argv)
+
+    from minilora.export import verify
+
+    verdict = verify(Path(args.adapter), args.model, args.device)
+    base = "the base it was trained on" if verdict.same_base else "it does not say on which base it was trained"
+    what = f"{args.adapter}: r {verdict.config.rank} on {verdict.num_layers} layers, all finite; {base}"
+    print(
+        f"{'verified':<12} {what}; moves logits by up to {verdict.largest_effect:.3g}; "
+        f"merged into the weights they differ by {verdict.max_logit_difference:.2g}"
+    )
+    return 0
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_command, "fine-tune a model"),
+    "plan": (plan_command, "say what memory a run will need"),
+    "eval": (eval_command, "score a model on a file of examples"),
     "generate": (generate_command, "answer prompts"),
     "chat": (chat_command, "talk to a model"),
     "merge": (merge_command, "fold an adapter into its base"),
+    "export": (export_command, "write an adapter for other programs"),
+    "verify": (verify_command, "check that an adapter is what it says"),
 }
 
 
@@ -236,12 +385,6 @@ def run(argv: Sequence[str]) -> int:
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(f"there is no verb {argv[0]!r} ({', '.join(VERBS)}).{hint}")
     return VERBS[argv[0]][0](argv[1:])
-
-
-def printable(text: str, longest: int = 600) -> str:
-    """A message without control characters (a file may have put them there), its lines cut to a readable length."""
-    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:longest]) for line in text.split("\n")]
-    return "\n".join(line + ("..." if len(line) >= longest else "") for line in lines[:80])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

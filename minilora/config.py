@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import re
 import reprlib
 import tomllib
@@ -20,6 +21,7 @@ MAX_TOML_BYTES = 2**20
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 120
 PRESET_DIR = Path(__file__).parent / "presets"
+PATHS = ("model", "train_file", "eval_file", "output_dir", "resume")
 TARGET_GROUPS = {
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -75,7 +77,9 @@ class TrainConfig:
     share_prefix: Literal["auto", "on", "off"] = _key(
         "auto", "compute tokens that all rows of a micro-batch begin with only once; auto: on the CPU"
     )
-    gradient_checkpointing: bool = _key(False, "recompute activations in the backward pass: slower, smaller")
+    gradient_checkpointing: bool | None = _key(
+        None, "recompute activations in the backward pass: slower, smaller; unset: where nothing fits without"
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = _key(
         "auto", "of the base; auto: bfloat16 where the hardware has it"
     )
@@ -114,9 +118,16 @@ def problems(config: TrainConfig) -> list[str]:
         value, options = getattr(config, name), choices(name)
         if options and value not in options:
             found.append(f"{name} = {value!r} is not one of {', '.join(options)}.{nearest(str(value), options)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{name} = {value} must be a finite number.")
+            continue
         for limit, (words, holds) in BOUNDS.items():
-            if limit in field.metadata and not (abs(value) < math.inf and holds(value, field.metadata[limit])):
+            if limit in field.metadata and not holds(value, field.metadata[limit]):
                 found.append(f"{name} = {value} must be {words} {field.metadata[limit]}.")
+    for name in PATHS:
+        value = getattr(config, name)
+        if value is not None and (not value.strip() or "\0" in value):
+            found.append(f"{name} = {value!r} names nothing: {FIELDS[name].metadata['help']}.")
     if config.eval_file and config.val_size:
         found.append("eval_file and val_size are two ways to evaluate: give one of them.")
     if not re.fullmatch(DEVICE, config.device):
@@ -192,7 +203,7 @@ def read_source(source: str) -> dict[str, Any]:
             content = file.read(MAX_TOML_BYTES + 1)
         if len(content) > MAX_TOML_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_TOML_BYTES:,} bytes.")
-        values = tomllib.loads(content.decode("utf-8"))
+        values = tomllib.loads(content.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -211,11 +222,11 @@ def coerce(name: str, given: Any) -> Any:
         if given is None or (isinstance(given, str) and given.lower() == "none"):
             return None
         hint = str
-    if hint is bool:
-        if isinstance(given, bool):
+    if hint in (bool, bool | None):
+        if isinstance(given, bool) or (given is None and hint is not bool):
             return given
-        if str(given).lower() in ("true", "false"):
-            return str(given).lower() == "true"
+        if isinstance(given, str) and given.lower() in ("true", "false"):
+            return given.lower() == "true"
         raise ValueError("is not true or false")
     if hint in (int, float):
         try:
@@ -227,12 +238,12 @@ def coerce(name: str, given: Any) -> Any:
         raise ValueError(f"is not {'a whole number' if hint is int else 'a number'}")
     if not isinstance(given, str):
         raise ValueError("is not a text")
-    return given
+    return os.path.expanduser(given) if name in PATHS else given  # the shell leaves --key=~/x as it is
 
 
 def expand_targets(names: Any) -> tuple[str, ...]:
     """attn | mlp | all become the projections they stand for; other names pass, commas separate, repeats go."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise ValueError("is not a list of names")
-    parts = [part for name in names for part in name.split(",") if part]
+    parts = [part.strip() for name in names for part in name.split(",") if part.strip()]
     return tuple(dict.fromkeys(each for part in parts for each in TARGET_GROUPS.get(part, (part,))))

@@ -4,6 +4,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import shlex
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +26,12 @@ FORMATS: dict[str, tuple[str, ...]] = {  # a file's rows all have the fields of 
     "messages": ("messages",),
     "prompt/completion": ("prompt", "completion"),
     "instruction/output": ("instruction", "output"),
+}
+OPTIONAL: dict[str, tuple[str, ...]] = {"instruction/output": ("input",)}  # read where they are; `system` everywhere
+UTF16 = {  # how a file in one of these encodings begins: by its byte order mark, or an opening bracket
+    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+    "UTF-16LE": (b"{\0", b"[\0"),
+    "UTF-16BE": (b"\0{", b"\0["),
 }
 
 
@@ -62,10 +70,12 @@ class DataReport:
     file: str
     sha256: str = ""
     format: str = ""
+    format_line: int = 0  # the line that fixed the format
     rows: int = 0
     kept: int = 0
     bad: list[str] = field(default_factory=list)  # "file:line: reason"
-    truncated: int = 0
+    unread: Counter[str] = field(default_factory=Counter)  # rows that have a field which no format reads
+    truncated: int = 0  # of those kept
     dropped_overlong: int = 0
     dropped_unsupervised: int = 0  # nothing left to learn after truncation
     lengths: dict[str, int] = field(default_factory=dict)  # p50, p95, max, in tokens
@@ -123,7 +133,8 @@ def _flat(ids: list[np.ndarray], supervised: list[np.ndarray], lines: list[int])
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
     """The non-empty lines of a file with their 1-based numbers, split on \\n only.
 
-    JSON strings may hold U+2028, U+0085 and other characters that text-mode reading would split on.
+    JSON strings may hold U+2028, U+0085 and other characters that text-mode reading would split on. Of a line longer
+    than MAX_LINE_BYTES only one byte more than that is kept: a file without line ends must not fill the memory.
     """
     try:
         mode = os.stat(path).st_mode
@@ -131,8 +142,13 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise DataError(f"{path} is {kind}; a JSONL file is needed, one JSON object a line.")
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
+            for number in itertools.count(1):
+                line = rest = file.readline(MAX_LINE_BYTES + 1)
+                while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
+                    rest = file.readline(2**20)
+                if not line:
+                    return
+                if number == 1 and len(line) <= MAX_LINE_BYTES:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
                     yield number, line
@@ -149,7 +165,7 @@ def file_sha256(path: str | Path) -> str:
 def parse_line(line: bytes) -> dict[str, Any]:
     """One line of JSON as an object. Raises ValueError with the reason, for anything that is not exactly that."""
     if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"the line has {len(line):,} bytes; at most {MAX_LINE_BYTES:,} are read")
+        raise ValueError(f"the line has more than {MAX_LINE_BYTES:,} bytes, which are the most that is read")
     try:
         text = line.decode("utf-8").rstrip("\r\n")  # the column of an error counts from the line
     except UnicodeDecodeError as error:
@@ -206,7 +222,7 @@ def to_turns(row: dict[str, Any], format: str) -> tuple[Turn, ...]:
 
 def _text(row: dict[str, Any], key: str, optional: bool = False) -> str:
     value = row.get(key)
-    if optional and (value is None or value == ""):
+    if optional and (value is None or (isinstance(value, str) and not value.strip())):
         return ""
     if key not in row:
         _missing(key)
@@ -250,25 +266,76 @@ def read_rows(path: str | Path, on_bad_rows: str = "error") -> tuple[list[Row], 
     Raises DataError that lists every bad line with its number and reason (or, with on_bad_rows = skip, only when no
     good row is left).
     """
-    report, rows = DataReport(str(path)), []
+    report, rows, first = DataReport(str(path)), [], b""
     for number, line in read_lines(path):
         report.rows += 1
+        first = first or line
         try:
-            row = parse_line(line)
-            report.format = report.format or detect_format(row)
-            rows.append(Row(number, to_turns(row, report.format)))
+            rows.append(_row(number, parse_line(line), report))
         except ValueError as error:
             report.bad.append(f"{path}:{number}: {error}")
+    if len(report.bad) > len(rows) and (mistake := _whole_file_mistake(report, first)):
+        raise DataError(mistake)
     if report.bad and on_bad_rows == "error":
         shown = report.bad[:MAX_PROBLEMS_SHOWN]
         more = [f"... and {len(report.bad) - len(shown):,} more"] if len(report.bad) > len(shown) else []
         hint = f"{len(report.bad):,} of {report.rows:,} rows are bad. Mend them, or leave them out: --on_bad_rows skip"
+        hint = hint if rows else f"all {report.rows:,} rows are bad. Mend them."
         raise DataError("\n".join([*shown, *more, hint]))
     if not rows:
         why = f"all {report.rows:,} rows are bad, the first: {report.bad[0]}" if report.bad else "it holds no rows"
         raise DataError(f"{path}: nothing to read: {why}.")
     report.sha256 = file_sha256(path)
     return rows, report
+
+
+def _row(number: int, row: dict[str, Any], report: DataReport) -> Row:
+    """A row in the file's format, which its first readable row fixes; counts the fields that are not read."""
+    if not report.format:
+        report.format, report.format_line = detect_format(row), number
+    known = FORMATS[report.format]
+    try:
+        turns = to_turns(row, report.format)
+    except ValueError as error:
+        others = [name for name, needed in FORMATS.items() if all(key in row for key in needed)]
+        if not others or all(key in row for key in known):
+            raise
+        fixed = f"line {report.format_line} made this a file of {report.format}, this row is of {others[0]}"
+        raise ValueError(f"{error}: {fixed}") from None
+    unread = row.keys() - {"system", *known, *OPTIONAL.get(report.format, ())}
+    for message in row["messages"] if report.format == "messages" else ():
+        unread |= {f"messages: {key}" for key in message.keys() - {"role", "content"}}
+    report.unread.update(unread)
+    return Row(number, turns)
+
+
+def _whole_file_mistake(report: DataReport, first: bytes) -> str:
+    """What is wrong with a file most of whose rows are bad, and a command that mends it; empty for lines of their own.
+
+    first: its first line, the only one that tells an array, a table or UTF-16 from a file of bad rows.
+    """
+    path, text = report.file, first.strip()
+    mend = f"{shlex.quote(path)} > new.jsonl converts it"
+    for name, starts in UTF16.items():
+        if first.startswith(starts):
+            return f"{path}: this is {name}, UTF-8 is needed: iconv -f {name} -t UTF-8 {mend}"
+    not_utf8 = sum(": not UTF-8 (" in reason for reason in report.bad)
+    encoding = "gb18030" if 2 * not_utf8 > len(report.bad) else "utf-8-sig"
+    opened = f'open(sys.argv[1], newline="", encoding="{encoding}")'
+    script = "import csv, json, sys; [print(json.dumps(row)) for row in %s]"
+    if re.match(rb"\[\s*(\{|$)", text):
+        command = "python -c " + shlex.quote(script % f"json.load({opened})")
+        return f"{path}: this is a JSON array, one object a line is needed: {command} {mend}"
+    columns = [name.strip(b" \"'").decode(errors="replace") for name in re.split(rb"[,;\t]", text)]
+    if {key for needed in FORMATS.values() for key in needed} & set(columns):
+        delimiter = next(mark for mark in "\t;," if mark.encode() in text or mark == ",")
+        command = "python -c " + shlex.quote(script % f"csv.DictReader({opened}, delimiter={delimiter!r})")
+        return f"{path}: this is a table (CSV), one JSON object a line is needed: {command} {mend}"
+    if text == b"{":
+        return f"{path}: its objects take several lines each, one object a line is needed: jq -c . {mend}"
+    if encoding == "gb18030":
+        return f"{report.bad[0]}; UTF-8 is needed. Where the file is GBK: iconv -f GB18030 -t UTF-8 {mend}"
+    return ""
 
 
 # ---------------------------------------------------------------------------------------- rows -> tokens
@@ -391,16 +458,16 @@ def tokenize(
         if train_on_prompt:
             supervised = np.ones_like(supervised)
         ids, supervised = _up_to_last_supervised(ids, supervised)
-        if len(ids) > max_length:
+        if too_long := len(ids) > max_length:
             overlong_lines.append(f"{report.file}:{row.line}: {len(ids):,} tokens, more than max_length {max_length:,}")
             if overlong == "drop":
                 report.dropped_overlong += 1
                 continue
-            report.truncated += 1
             ids, supervised = _up_to_last_supervised(ids[:max_length], supervised[:max_length])
         if not supervised[1:].any():  # the first token has nothing to be predicted from
             report.dropped_unsupervised += 1
             continue
+        report.truncated += too_long
         ids_kept.append(ids)
         supervised_kept.append(supervised)
         lines.append(row.line)

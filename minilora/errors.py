@@ -49,3 +49,9 @@ class StoppedError(MiniloraError, InterruptedError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def printable(text: str, longest: int = 600) -> str:
+    """A message without control characters (a file may have put them there), its lines cut to a readable length."""
+    lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:longest]) for line in text.split("\n")]
+    return "\n".join(line + ("..." if len(line) >= longest else "") for line in lines[:80])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.attention import packed_attention
+from minilora.lora import project
 
 CPU_ROWS = 64  # rows of an elementwise chain computed together, so that what is between them stays in the cache
 ATTENTIONS = ("Qwen2Attention", "Qwen3Attention", "LlamaAttention")
@@ -81,7 +82,7 @@ def _row_blocks(flat: Tensor) -> list[slice]:
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+    return self.down_proj(_SwiGLU.apply(*project(x, (self.gate_proj, self.up_proj))))
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -123,7 +124,8 @@ def _attention_forward(
         )
     tokens = hidden_states.shape[1]
     shape = (1, tokens, -1, self.head_dim)
-    query, key, value = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    projections = project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
+    query, key, value = (projection.view(shape) for projection in projections)
     if hasattr(self, "q_norm"):
         query, key = self.q_norm(query), self.k_norm(key)
     cos, sin = position_embeddings

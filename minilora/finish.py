@@ -1,10 +1,11 @@
 """The end of a run: its result saved, loaded from the disk into a fresh base, compared, heard, and summed up."""
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora import files, output, runlog
+from minilora import checkpoint, files, output, runlog
 from minilora.generate import Speaker, probe_logits
 from minilora.memory import gib, peak_memory_bytes
 from minilora.record import save_result
@@ -23,6 +24,7 @@ class Summary:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
+    predicted_peak_memory_bytes: int | None
     trainable_parameters: int
     parameters: int
     skipped_steps: int
@@ -40,6 +42,7 @@ def finish(run: Run, stop_reason: str) -> Summary:
     """Save the result, load it from the disk into a fresh model, compare, let it speak; write summary.json."""
     result = run.folder / ("adapter" if run.config.method == "lora" else "model")
     save_result(run, result)
+    checkpoint.remove_after(run.folder, run.state.step)  # the run ends here, whatever way it was taken back from
     with run.stop.interruptible():  # the rest only looks at what is saved
         return _verify(run, stop_reason, result)
 
@@ -67,6 +70,7 @@ def _verify(run: Run, stop_reason: str, result: Path) -> Summary:
         seconds=state.seconds,
         tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
         peak_memory_bytes=peak,
+        predicted_peak_memory_bytes=run.predicted_peak_bytes,
         trainable_parameters=trained,
         parameters=total,
         skipped_steps=state.skipped_steps,
@@ -102,9 +106,13 @@ def _report(run: Run, summary: Summary) -> None:
             "held-out",
             f"{summary.first_eval_loss:.4f} -> {summary.last_eval_loss:.4f} (best {summary.best_eval_loss:.4f})",
         )
-    say("memory", f"{gib(summary.peak_memory_bytes)} at the peak")
+    if run.eval_set is not None and not (run.folder / "best").exists():
+        say("", "no evaluation was better than the untrained base: no best/")
+    predicted = summary.predicted_peak_memory_bytes
+    said = f", {gib(predicted)} were predicted" if predicted else ""
+    say("memory", f"{gib(summary.peak_memory_bytes)} at the peak{said}")
     difference = summary.verified_max_logit_difference
     say("verified", f"{result}: loaded from the disk into a fresh base, largest logit difference {difference:.3g}")
-    which = f"--adapter {result}" if summary.result == "adapter" else f"--model {result}"
+    which = f"--{'adapter' if summary.result == 'adapter' else 'model'} {shlex.quote(str(result))}"
     say("next", f"python -m minilora chat {which}")
     say("", f'python -m minilora generate {which} "{output.SAMPLE_PROMPTS[0]}"')

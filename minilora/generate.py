@@ -1,5 +1,7 @@
 """Text out of a base model, with or without an adapter."""
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from minilora import adapter, model
 from minilora.data import ChatMarkup, Turn
-from minilora.errors import AdapterError, DataError
+from minilora.errors import AdapterError, DataError, OutOfMemoryError
+from minilora.memory import free_cached, is_out_of_memory
 
 
 @dataclass
@@ -42,13 +46,11 @@ def load_speaker(
     allow_other_base: bool = False,
 ) -> Speaker:
     """A model, or the base an adapter names (model_name overrides) with the adapter on it."""
-    folder = Path(adapter_folder) if adapter_folder else None
+    folder = Path(os.path.expanduser(adapter_folder)) if adapter_folder else None
     stored = None
     if folder:
-        model_name = model_name or adapter.read_config(folder).base_model
+        model_name = adapter.base_of(folder, model_name)
         stored = adapter.read_metadata(folder).get("system_prompt")
-        if not model_name:
-            raise AdapterError(f"{folder} does not say which base it was trained on: give --model")
     if not model_name:
         raise AdapterError("give --adapter DIR, or --model NAME for a model without adapter")
     base_folder = model.find_model(model_name)
@@ -75,18 +77,8 @@ def answer(
     """
     from transformers import TextStreamer
 
-    for turn in (turn for turns in conversations for turn in turns):
-        try:
-            turn.content.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError("the prompt is not UTF-8: its bytes are no text in the terminal's encoding") from error
-    prompts = [speaker.markup.prompt_ids(turns, speaker.system_prompt) for turns in conversations]
-    limit = speaker.model.config.max_position_embeddings - sampling.max_new_tokens
-    if (longest := max(map(len, prompts))) > limit:
-        raise DataError(
-            f"the prompt has {longest:,} tokens; this model takes {max(0, limit):,} before an answer of "
-            f"{sampling.max_new_tokens:,}."
-        )
+    prompts = [prompt_ids(speaker, turns, sampling) for turns in conversations]
+    longest = max(map(len, prompts))
     pad = speaker.tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -111,6 +103,62 @@ def answer(
         **chosen,
     )
     return [speaker.tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output.cpu().tolist()]
+
+
+def prompt_ids(speaker: Speaker, turns: Sequence[Turn], sampling: Sampling) -> list[int]:
+    """The tokens of a conversation up to the answer. Raises DataError when they leave no room for it."""
+    for turn in turns:
+        try:
+            turn.content.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError("the prompt is not UTF-8: its bytes are no text in the terminal's encoding") from error
+    ids = speaker.markup.prompt_ids(turns, speaker.system_prompt)
+    limit = speaker.model.config.max_position_embeddings - sampling.max_new_tokens
+    if len(ids) > limit:
+        raise DataError(
+            f"the prompt has {len(ids):,} tokens; this model takes {max(0, limit):,} before an answer of "
+            f"{sampling.max_new_tokens:,}."
+        )
+    return ids
+
+
+def answer_all(
+    speaker: Speaker, conversations: Sequence[Sequence[Turn]], sampling: Sampling, batch_size: int, what: str
+) -> list[str]:
+    """Answers to any number of conversations, in their order, `batch_size` at a time; smaller when memory runs out.
+
+    Conversations of about equal length go together, the longest first: little padding, and too little memory shows at
+    once. what: the label of the progress bar. Raises DataError before the first answer when a prompt is too long.
+    """
+    lengths = [len(prompt_ids(speaker, turns, sampling)) for turns in conversations]
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    answers = [""] * len(order)
+    start = 0
+    with progress(len(order), what) as bar:
+        while start < len(order):
+            part = order[start : start + batch_size]
+            try:
+                texts = answer(speaker, [conversations[i] for i in part], sampling)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if len(part) == 1:
+                    raise OutOfMemoryError(f"not even one answer to {lengths[part[0]]:,} tokens fits") from error
+                texts = []
+            for i, text in zip(part, texts, strict=False):
+                answers[i] = text
+            if not texts:  # outside of the except block, whose error holds on to what did not fit
+                batch_size = len(part) // 2
+                free_cached(next(speaker.model.parameters()).device)
+            start += len(texts)
+            bar.update(len(texts))
+    return answers
+
+
+def progress(total: int, what: str) -> Any:
+    """A progress bar on stderr, rarely renewed where that is a file."""
+    every_s = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=what, unit="row", file=sys.stderr, mininterval=every_s, dynamic_ncols=True)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora.batching import collate, cut
+from minilora.batching import micro_batches
 from minilora.config import TrainConfig
 from minilora.data import IGNORE, Dataset, Example
 from minilora.errors import StoppedError
@@ -18,7 +18,7 @@ from minilora.loss import token_loss
 from minilora.memory import free_cached, is_out_of_memory
 from minilora.model import head_weight, hidden_states, packed
 from minilora.optim import learning_rate
-from minilora.record import record_evaluation, record_step, save_checkpoint, shrink_budget, skip
+from minilora.record import record_evaluation, record_step, resume_command, save_checkpoint, shrink_budget, skip
 from minilora.run import Run, prepare
 from minilora.stopping import StopRequest
 
@@ -43,7 +43,7 @@ def train(config: TrainConfig) -> Summary:
         except StoppedError as error:  # the step under way is lost, all before it is saved
             if state.step:
                 saved = save_checkpoint(run)
-                error.args = (f"{error}; saved {saved}. Go on with: python train.py --resume {run.folder}",)
+                error.args = (f"{error}; saved {saved}. Go on with: {resume_command(run)}",)
             else:
                 error.args = (f"{error} before the first step was done: there was nothing to save",)
             raise
@@ -107,8 +107,8 @@ def gradients(run: Run, examples: list[Example], supervised: int) -> Tensor:
         torch.manual_seed(step_seed(run.config.seed, run.state.step))  # dropout: a function of seed, step and cut
         try:
             with packed(run.model.train()):
-                for part in cut([len(example.input_ids) - 1 for example in examples], run.state.max_tokens):
-                    batch = collate([examples[i] for i in part], run.share_prefix).to(run.device)
+                for batch in micro_batches(examples, run.state.max_tokens, run.share_prefix):
+                    batch = batch.to(run.device)
                     with run.autocast():
                         hidden = hidden_states(run.model, batch)  # (S, hidden)
                         nats = token_loss(hidden, head_weight(run.model), batch.targets)
@@ -147,8 +147,9 @@ def _evaluate(run: Run, dataset: Dataset) -> float:
     supervised = 0
     with packed(run.model.eval()):
         for start in range(0, len(dataset), EVAL_GROUP):
-            for part in cut(dataset.lengths[start : start + EVAL_GROUP] - 1, run.state.max_tokens):
-                batch = collate([dataset[start + i] for i in part], run.share_prefix).to(run.device)
+            group = [dataset[i] for i in range(start, min(start + EVAL_GROUP, len(dataset)))]
+            for batch in micro_batches(group, run.state.max_tokens, run.share_prefix):
+                batch = batch.to(run.device)
                 with run.autocast():
                     total += token_loss(hidden_states(run.model, batch), head_weight(run.model), batch.targets)
                 supervised += len(batch.targets)

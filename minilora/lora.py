@@ -1,5 +1,6 @@
 """LoRA (arXiv:2106.09685): a frozen linear layer plus a product of two small matrices, W = W0 + (alpha/r) B A."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -39,9 +40,21 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return self.base_layer(x)
         dropout = self.dropout if self.training else 0.0
+        if not torch.is_grad_enabled() and not dropout:
+            return self._answer(x)
         return lora_linear(
             x, self.base_layer.weight, self.base_layer.bias, self.lora_A, self.lora_B, self.scale, dropout
         )
+
+    def _answer(self, x: Tensor) -> Tensor:
+        """`lora_linear` to the bit, without what autograd costs: for a single token, a quarter of the layer's time."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+        z = (flat @ self.lora_A.to(x.dtype).T).mul_(self.scale)  # (tokens, rank)
+        y = F.linear(flat, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
+        return y.addmm_(z, self.lora_B.to(x.dtype).T).view(*x.shape[:-1], -1)
 
     def delta(self) -> Tensor:
         """The update of the weight, scale * B A. (out, in)"""
@@ -66,55 +79,85 @@ def lora_linear(
 
     x: (..., in), weight: (out, in), bias: (out,), lora_A: (rank, in), lora_B: (out, rank) -> (..., out)
     """
+    return _lora_linears(x, scale, dropout, [(weight, bias, lora_A, lora_B)])[0]
+
+
+def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
+    """What layers that read the same x make of it. (..., in) -> (..., out) of each
+
+    LoRA layers of one kind are computed together, under one dropout mask, where each alone would draw its own: each
+    sees the same distribution, and x is masked, met with A and given its gradient once.
+    """
+    if not all(isinstance(layer, LoRALinear) and layer.enabled for layer in layers):
+        return [layer(x) for layer in layers]
+    loras = [layer for layer in layers if isinstance(layer, LoRALinear)]
+    kinds = {(layer.scale, layer.dropout if layer.training else 0.0) for layer in loras}
+    if len(kinds) > 1:
+        return [layer(x) for layer in layers]
+    ((scale, dropout),) = kinds
+    weights = [(each.base_layer.weight, each.base_layer.bias, each.lora_A, each.lora_B) for each in loras]
+    return _lora_linears(x, scale, dropout, weights)
+
+
+Weights = tuple[Tensor, Tensor | None, Tensor, Tensor]  # W (out, in), b (out,), A (rank, in), B (out, rank)
+
+
+def _lora_linears(x: Tensor, scale: float, dropout: float, weights: Sequence[Weights]) -> tuple[Tensor, ...]:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scale, dropout)
+    return _LoRALinears.apply(x, scale, dropout, *itertools.chain(*weights))
 
 
-class _LoRALinear(torch.autograd.Function):
-    """y = x W^T + b + z B^T with z = scale * dropout(x) A^T.
+class _LoRALinears(torch.autograd.Function):
+    """For each layer y = x W^T + b + z B^T, with its columns of z = scale * dropout(x) A^T; A is that of all layers.
 
-    Then dB = dy^T z, dz = scale * dy B, dA = dz^T dropout(x), dx = dy W + dropout'(dz A).
+    Then dB = dy^T z, dz = scale * dy B, dA = dz^T dropout(x), dx = sum of dy W + dropout'(dz A).
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float, dropout: float, *weights: Any) -> tuple[Tensor, ...]:
+        Ws, biases, As, Bs = (weights[i::4] for i in range(4))
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        A = _together(As, x.dtype)  # (ranks, in)
         dropped = draw_dropped(flat, dropout) if dropout else None
         ctx.scale = scale / (1 - dropout)  # dropout's own factor is folded into the scale
-        z = (zeroed(flat, dropped) @ A.T).mul_(ctx.scale)  # (tokens, rank)
-        y = F.linear(flat, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
-        y.addmm_(z, B.T)  # into the base product: no second (tokens, out) buffer
-        ctx.save_for_backward(flat, dropped, z, weight, lora_A, lora_B)
-        return y.view(*x.shape[:-1], -1)
+        z = (zeroed(flat, dropped) @ A.T).mul_(ctx.scale)  # (tokens, ranks)
+        outputs = []
+        for W, bias, B, z_own in zip(Ws, biases, Bs, z.split([len(A) for A in As], 1), strict=True):
+            y = F.linear(flat, W.to(x.dtype), bias if bias is None else bias.to(x.dtype))
+            y.addmm_(z_own, B.to(x.dtype).T)  # into the base product: no second (tokens, out) buffer
+            outputs.append(y.view(*x.shape[:-1], -1))
+        ctx.save_for_backward(flat, dropped, z, *Ws, *As, *Bs)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        flat, dropped, z, weight, lora_A, lora_B = ctx.saved_tensors
-        dy = grad_outputs[0].reshape(-1, grad_outputs[0].shape[-1])  # (tokens, out)
-        A, B = lora_A.to(flat.dtype), lora_B.to(flat.dtype)
-        d_B = (dy.T @ z).to(lora_B.dtype)  # (out, rank)
-        dz = (dy @ B).mul_(ctx.scale)  # (tokens, rank)
-        d_A = (dz.T @ zeroed(flat, dropped)).to(lora_A.dtype)  # (rank, in)
+        flat, dropped, z, *saved = ctx.saved_tensors
+        count = len(grad_outputs)
+        Ws, As, Bs = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        ranks = [len(A) for A in As]
+        dys = [dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]  # (tokens, out) of each
+        d_Bs = [(dy.T @ z_own).to(B.dtype) for dy, z_own, B in zip(dys, z.split(ranks, 1), Bs, strict=True)]
+        dz = _together([dy @ B.to(dy.dtype) for dy, B in zip(dys, Bs, strict=True)], flat.dtype, 1).mul_(ctx.scale)
+        d_A = dz.T @ zeroed(flat, dropped)  # (ranks, in)
+        d_As = [part.to(A.dtype) for part, A in zip(d_A.split(ranks), As, strict=True)]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight.to(dy.dtype)  # (tokens, in)
+            dx = dys[0] @ Ws[0].to(flat.dtype)  # (tokens, in)
+            for dy, W in zip(dys[1:], Ws[1:], strict=True):
+                dx.addmm_(dy, W.to(flat.dtype))
+            A = _together(As, flat.dtype)
             if dropped is None:
                 dx.addmm_(dz, A)
             else:
                 dx.add_(zero_(dz @ A, dropped))
             dx = dx.view(*grad_outputs[0].shape[:-1], -1)
-        return dx, None, None, d_A, d_B, None, None
+        own = (gradient for d_A, d_B in zip(d_As, d_Bs, strict=True) for gradient in (None, None, d_A, d_B))
+        return dx, None, None, *own
+
+
+def _together(parts: Sequence[Tensor], dtype: torch.dtype, dim: int = 0) -> Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)).to(dtype)
 
 
 def draw_dropped(x: Tensor, dropout: float) -> Tensor:

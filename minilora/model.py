@@ -133,6 +133,10 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    if not ((folder / names[0]).exists() or all((folder / name).exists() for name in ("vocab.json", "merges.txt"))):
+        missing = " and ".join(name for name in names if not (folder / name).exists())
+        raise ModelError(f"{folder} has no tokenizer: {missing} is missing. Copy them there from the original model.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
@@ -146,14 +150,13 @@ def load_tokenizer(folder: Path) -> Any:
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """The base model of a folder, frozen, in dtype on device. Raises ModelError when it is not one we train exactly."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     attention.register()
+    config = _config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        _refuse_inexact(config)
         weight_files(folder)  # an index may name files elsewhere
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -174,6 +177,39 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     model.generation_config.pad_token_id = model.generation_config.pad_token_id or config.pad_token_id
     model.requires_grad_(False)
     return nn.Module.to(model, device).eval()
+
+
+def num_layers(folder: Path) -> int:
+    """How many decoder layers the model of a folder has. Raises ModelError when it is not one we train exactly."""
+    return _config(folder).num_hidden_layers
+
+
+def empty_model(folder: Path, dtype: torch.dtype, layers: int) -> Any:
+    """The model of a folder with so many of its layers on the meta device: shapes without weights."""
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    config = _config(folder)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder}: the model cannot be built: {_first_line(error)}") from error
+
+
+def _config(folder: Path) -> Any:
+    """config.json of a model folder. Raises ModelError when it is not one we train exactly."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+    _refuse_inexact(config)
+    return config
 
 
 def _first_line(error: Exception) -> str:

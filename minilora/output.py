@@ -77,8 +77,14 @@ def reload(base_folder: Path, result: Path, method: str, dtype: torch.dtype, dev
 def compare(reference: torch.Tensor, reloaded: nn.Module, ids: list[int], result: Path) -> float:
     """Largest absolute difference of logits between the live model and the reloaded one.
 
-    Raises AdapterError when they are not the same function: the file is then not what was trained.
+    Raises AdapterError when they are not the same function: the file is then not what was trained; DivergedError when
+    the live model's are not finite.
     """
+    if not torch.isfinite(reference).all():
+        raise DivergedError(
+            f"{result}: what was trained answers with numbers that are not finite. Start anew with "
+            "a lower --learning_rate or --weight_decay."
+        )
     logits = probe_logits(reloaded, ids)
     difference = float((logits - reference).abs().max())
     allowed = 1e-5 if reference.dtype == torch.float32 and next(reloaded.parameters()).dtype == torch.float32 else 1e-2

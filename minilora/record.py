@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,17 +61,46 @@ def record_evaluation(run: Run, loss: float) -> None:
 
 
 def save_checkpoint(run: Run) -> Path:
-    """The checkpoint of run.state, written now unless it is there."""
+    """The checkpoint of run.state, written now unless this run has done so. Raises DivergedError for spoilt weights."""
     path = checkpoint.checkpoint_path(run.folder, run.state.step)
-    if path.exists() and checkpoint.is_valid(path):
+    if run.saved_step == run.state.step and checkpoint.is_valid(path):
         return path
+    _refuse_spoilt(run)
     with files.storage_errors(run.folder):
         os.stat(run.folder)  # a folder that has vanished must not come back with a checkpoint and nothing else
-    return checkpoint.save(run.folder, run.model, run.optimizer, run.state, run.identity, run.config.save_total_limit)
+    checkpoint.save(run.folder, run.model, run.optimizer, run.state, run.identity, run.config.save_total_limit)
+    run.saved_step = run.state.step
+    return path
+
+
+def resume_command(run: Run) -> str:
+    """The command that goes on with a run."""
+    return f"python train.py --resume {shlex.quote(str(run.folder))}"
+
+
+def weights_are_finite(run: Run) -> bool:
+    """Whether every number that is trained is finite."""
+    return all(bool(torch.isfinite(param).all()) for param in checkpoint.trainable(run.model).values())
+
+
+def _refuse_spoilt(run: Run) -> None:
+    """Raise DivergedError for weights that are not finite: a finite gradient, too, can be stepped along too far."""
+    if weights_are_finite(run):
+        return
+    saved, _ = checkpoint.newest_valid(run.folder)
+    raise DivergedError(
+        f"the weights are not finite after step {run.state.step}, and are not saved; the newest checkpoint: {saved}. "
+        f"Start anew with a lower --learning_rate (is {run.config.learning_rate:g}) or --weight_decay (is "
+        f"{run.config.weight_decay:g})."
+    )
 
 
 def save_result(run: Run, folder: Path) -> None:
-    """What is trained, as it is now, in the form its users load: a PEFT adapter or a Hugging Face model."""
+    """What is trained, as it is now, in the form its users load: a PEFT adapter or a Hugging Face model.
+
+    Raises DivergedError for weights that are not finite.
+    """
+    _refuse_spoilt(run)
     config = run.config
     if config.method == "full":
         output.save_model(folder, run.model, run.tokenizer, run.dtype)
@@ -100,8 +130,9 @@ def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
         return
     good = state.step + 1 - MAX_SKIPPED_IN_A_ROW
     run.state = run.before_skipped or dataclasses.replace(state, step=good, skipped_in_a_row=0)
-    checkpoint.remove_after(run.folder, good)  # one written among the skipped steps would pass them over
-    if all(bool(torch.isfinite(param).all()) for param in checkpoint.trainable(run.model).values()):
+    if run.saved_step > good:
+        checkpoint.remove_after(run.folder, good)  # written among the skipped steps: it would pass them over
+    if weights_are_finite(run):
         kept = f"The state before them is saved: {save_checkpoint(run)}."
     else:
         kept = "The weights themselves are not finite, and are not saved."
@@ -115,7 +146,7 @@ def shrink_budget(run: Run, lengths: Sequence[int] | np.ndarray) -> None:
     """Halve the token budget for the rest of the run. Raises OutOfMemoryError when examples already went one by one."""
     longest = int(max(lengths)) - 1
     if run.state.max_tokens <= longest:
-        cheaper = [] if run.config.gradient_checkpointing else ["--gradient_checkpointing"]
+        cheaper = [] if run.checkpointing else ["--gradient_checkpointing"]
         cheaper += [f"--max_length {longest // 2}", "a smaller --lora_r", "a smaller --model"]
         raise OutOfMemoryError(
             f"one example of {longest:,} tokens does not fit: {gib(peak_memory_bytes(run.device))} were in use. "

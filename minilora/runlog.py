@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,17 @@ def describe_data(report: DataReport) -> Iterable[str]:
     yield f"tokens a row p50 / p95 / max: {lengths}; {share:.0f} % supervised" + (
         f"; {report.truncated:,} rows truncated" if report.truncated else ""
     )
+    if report.unread:
+        yield f"fields not read: {_rows_by_name(report.unread)}"
+
+
+def _rows_by_name(counts: Counter[str], most: int = 8) -> str:
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    shown = [
+        f"{name[:40] if name.isprintable() else repr(name[:40])} ({counts[name]:,} row{'s' * (counts[name] > 1)})"
+        for name in names[:most]
+    ]
+    return ", ".join(shown) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def marked_example(example: Example, tokenizer: Any) -> str:

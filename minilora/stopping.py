@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a run to stop at the next safe point; a second SIGINT stops it at once."""
+"""SIGINT, SIGTERM and SIGHUP ask a run to stop at the next safe point; a second SIGINT stops it at once."""
 
 import os
 import signal
@@ -17,10 +17,13 @@ class StopRequest:
         self.signal_number = 0
         self._at_once = False
         self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._remember)
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means to go on
+                self._before[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(
@@ -33,8 +36,18 @@ class StopRequest:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:
             os._exit(128 + number)  # asked twice: leave the last checkpoint as it is
         self.signal_number = number
+        if number == signal.SIGHUP:
+            self._leave_closed_terminal()
         if self._at_once:
             raise KeyboardInterrupt  # not a StoppedError: `except Exception` must not take it for something else
+
+    def _leave_closed_terminal(self) -> None:
+        """A line printed to a terminal that is gone is an error: none may come between the signal and the saving."""
+        for descriptor in self._terminals:
+            if not os.isatty(descriptor):  # it was one
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

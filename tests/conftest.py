@@ -74,7 +74,7 @@ def quiet_finish(monkeypatch):
 
 
 def write_jsonl(path: Path, count: int, seed: int = 0) -> Path:
-    """Rows in the seed's format, of different lengths, the same for the same seed."""
+    """Rows of instruction, input and output, of different lengths, the same for the same seed."""
     rng = np.random.default_rng(seed)
     with open(path, "w", encoding="utf-8") as file:
         for number in range(count):

@@ -60,7 +60,7 @@ def configure(folder, **keys):
 
 
 def test_the_file_is_the_one_of_the_design(write, tiny_folder):
-    """Names and shapes as in DESIGN 3.5, spelled out: other tools read them."""
+    """Names and shapes of PEFT's format, spelled out: other tools read them."""
     folder, model = write(("q_proj", "down_proj"))
     expected = {}
     for layer in (0, 1):

@@ -49,7 +49,7 @@ def bits(run) -> str:
 def micro_batches(run) -> int:
     """How many micro-batches the run's next step has."""
     examples = [run.train_set[i] for i in run.schedule.examples_of(run.state.step)]
-    return len(loop.cut([len(example.input_ids) - 1 for example in examples], run.state.max_tokens))
+    return len(list(loop.micro_batches(examples, run.state.max_tokens, run.share_prefix)))
 
 
 def argv_of(config: TrainConfig) -> list[str]:

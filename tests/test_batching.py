@@ -11,7 +11,7 @@ from conftest import random_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.batching import Schedule, collate, common_prefix, cut, epoch_order, make_schedule
+from minilora.batching import Schedule, collate, common_prefix, cut, epoch_order, make_schedule, micro_batches
 from minilora.data import IGNORE, Example
 
 quick = settings(max_examples=60)
@@ -100,6 +100,24 @@ def test_sharing_a_prefix_changes_no_context_and_no_target(rows):
         return found
 
     assert pairs(collate(examples, share_prefix=True)) == pairs(collate(examples))
+
+
+@settings(max_examples=100)
+@given(small_examples, st.integers(1, 40), st.booleans())
+def test_micro_batches_compute_no_more_than_the_budget(rows, budget, share):
+    """Counted after sharing: a long system prompt once left each row alone, with nobody to share it with."""
+    examples = [from_pairs(row) for row in rows]
+    batches = list(micro_batches(examples, budget, share))
+    assert sum(len(batch.layout.lengths) for batch in batches) == len(examples)
+    for batch in batches:
+        assert batch.input_ids.numel() <= budget or len(batch.layout.lengths) == 1
+
+
+def test_rows_with_a_long_prefix_share_it():
+    prefix = [(i, False) for i in range(50)]
+    examples = [from_pairs([*prefix, (100 + i, False), (200 + i, True)]) for i in range(6)]
+    assert [len(batch.layout.lengths) for batch in micro_batches(examples, 60, True)] == [6]
+    assert [len(batch.layout.lengths) for batch in micro_batches(examples, 60)] == [1] * 6
 
 
 # ---------------------------------------------------------------------------------------- cut

@@ -301,7 +301,10 @@ def test_limits(name, value, tmp_path):
         if value == "nan" and str(tmp_path) in lines[0]:
             assert lines[0].endswith(f"{name} = nan is not a number.")
         else:
-            assert re.match(rf"{name} = \S+ must be (at least|more than|at most|less than) \S+\.$", lines[0])
+            limit = (
+                "a finite number" if str(value).lstrip("-") in ("inf", "nan") else r"(at least|more|at most|less).* \S+"
+            )
+            assert re.match(rf"{name} = \S+ must be {limit}\.$", lines[0])
     with pytest.raises(ConfigError, match=rf"{name} = "):
         TrainConfig(**{name: TYPES[name](value)})
 
@@ -464,10 +467,10 @@ SEED_RECIPE = {  # shared/seed, sections 5.1 and 5.2; r, alpha, dropout and targ
     "save_steps": 0,  # at each epoch's end
     "system_prompt": "你是一个AI助手",
     "dtype": "auto",  # bf16 where the hardware has it
-    "max_length": 1024,  # not the seed's: its first row's length
+    "max_length": 1024,  # never the length of the first row, which cuts every longer one
     "seed": 42,
     "use_rslora": False,
-    "train_on_prompt": False,  # not the seed's either: only answers are learned
+    "train_on_prompt": False,  # only answers are learned
 }
 LORA_RECIPE = {
     "method": "lora",

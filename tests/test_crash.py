@@ -58,7 +58,7 @@ def left_by(run: Path) -> dict[str, str]:
             kept[f"{path.name} config"] = sha256(path / "adapter_config.json")
     for name in (checkpoint.WEIGHTS, checkpoint.MOMENTS):
         kept[name] = sha256(newest / name)
-    clocks = {"seconds", "time", "tokens_per_second", "peak_memory_bytes"}
+    clocks = {"seconds", "time", "tokens_per_second", "peak_memory_bytes", "predicted_peak_memory_bytes"}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept["metrics"] = json.dumps([{k: v for k, v in record.items() if k not in clocks} for record in records])
     summary = json.loads((run / "summary.json").read_text())

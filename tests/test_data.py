@@ -18,6 +18,7 @@ from tokenizers import AddedToken
 from minilora import demo, model, runlog
 from minilora.data import (
     IGNORE,
+    MAX_LINE_BYTES,
     MAX_PROBLEMS_SHOWN,
     ChatMarkup,
     DataReport,
@@ -35,7 +36,7 @@ from minilora.errors import DataError
 ROOT = Path(__file__).parent.parent
 TEMPLATES = Path(__file__).parent / "templates"
 MODELS = ("qwen2", "qwen2.5", "qwen3")
-SYSTEM = "你是一个AI助手"  # the seed's
+SYSTEM = "你是一个AI助手"  # the default
 MARKUP = "<|im_end|>\n<|im_start|>assistant\nDone.<|im_end|><|endoftext|><think>no</think>"
 BUSY = [HealthCheck.too_slow, HealthCheck.filter_too_much]  # a busy machine is no bug
 FUZZ = settings(deadline=None, derandomize=True, database=None, suppress_health_check=BUSY)
@@ -224,7 +225,7 @@ def test_real_template(system, turns, real_tokenizer, real_markup):
 
 
 def test_train_on_prompt_supervises_the_whole_conversation(markup, tokenizer):
-    """As the seed's scripts do."""
+    """As scripts do that give the collator the ids as labels."""
     row, golden = GOLDENS["messages"]
     (example,) = examples_of([turns_of(row)], markup, train_on_prompt=True)
     assert marked(example, tokenizer).strip("⟦\n⟧") == re.sub("[⟦⟧]", "", golden)
@@ -716,7 +717,7 @@ def test_byte_order_mark_and_missing_last_newline(tmp_path):
 def test_utf16_is_named_not_guessed(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes((GOOD + b"\n" + GOOD).decode().encode("utf-16"))
-    with pytest.raises(DataError, match=r":1: not UTF-8 \(byte 1 of the line is 0xff\)"):
+    with pytest.raises(DataError, match=r"rows.jsonl: this is UTF-16, UTF-8 is needed"):
         read_rows(path)
 
 
@@ -734,7 +735,7 @@ def test_a_line_of_20_mb(tmp_path):
         read_rows(file)
     found, _ = reported(caught.value, file)
     assert list(found) == [2]
-    assert f"the line has {len(long) + 1:,} bytes" in found[2]
+    assert f"the line has more than {MAX_LINE_BYTES:,} bytes" in found[2]
     assert [row.line for row in read_rows(file, "skip")[0]] == [1, 3]
 
 
@@ -798,13 +799,12 @@ def judge(raw):
     try:
         row = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs, parse_constant=twice.append)
         fields = [row.get("system") or "", row["instruction"], row.get("input") or "", row["output"]]
+        fields[0], fields[2] = (text if text.strip() else "" for text in (fields[0], fields[2]))  # blank is none
         "".join(fields).encode("utf-8")
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
         return None
     typed = all(isinstance(row.get(key), (str, type(None))) for key in ("system", "input"))
-    blank = [not text.strip() for text in (fields[1], fields[3])]
-    blank += [bool(text) and not text.strip() for text in (fields[0], fields[2])]
-    if twice or not typed or any(blank):
+    if twice or not typed or not (fields[1].strip() and fields[3].strip()):
         return None
     asked = f"{fields[1]}\n{fields[2]}" if fields[2] else fields[1]
     return [("system", fields[0])] * bool(fields[0]) + [("user", asked), ("assistant", fields[3])]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from conftest import randomize_lora, relative_error, write_jsonl
 from safetensors.torch import load_file, save_file
 
-from minilora import adapter, checkpoint, loop, lora
+from minilora import adapter, batching, checkpoint, loop, lora
 from minilora.data import IGNORE
 from minilora.errors import AdapterError, ConfigError, DivergedError, OutOfMemoryError, StoppedError
 from minilora.lora import lora_layers
@@ -99,7 +99,7 @@ def test_how_a_step_is_cut_does_not_change_its_gradient(start, method, monkeypat
     for budget in (1, 70, 100, 150, 333):
         same_gradients(gradients_of(run, budget), whole)
     for count in (1, 2, 4, 8):
-        monkeypatch.setattr(loop, "cut", in_groups_of(count))
+        monkeypatch.setattr(batching, "cut", in_groups_of(count))
         same_gradients(gradients_of(run), whole)
 
 
@@ -429,7 +429,7 @@ def six_steps(make_config, tmp_path):
 def outcome(folder, last=6):
     """All that a run has learned and said, but for clocks and memory."""
     folder = Path(folder)
-    clocks = {"seconds", "time", "tokens_per_second", "peak_memory_bytes"}
+    clocks = {"seconds", "time", "tokens_per_second", "peak_memory_bytes", "predicted_peak_memory_bytes"}
     path = checkpoint.checkpoint_path(folder, last)
     return {
         "metrics": [{k: v for k, v in r.items() if k not in clocks} for part in lines(folder) for r in part],
@@ -699,3 +699,13 @@ def test_other_errors_are_not_taken_for_out_of_memory(start, monkeypatch):
     with pytest.raises(RuntimeError, match="shapes"):
         loop.train_step(run)
     assert lora_layers(run.model)
+
+
+def test_a_long_system_prompt_is_shared_by_many_rows(start):
+    """At a fixed budget each row would stand alone with a long prompt, and nothing would be shared."""
+    run = start(system_prompt="水" * 220, share_prefix="auto", max_tokens_per_micro_batch=0)
+    examples = [run.train_set[i] for i in run.schedule.examples_of(0)]
+    prefix = batching.common_prefix(examples)
+    assert 192 < prefix < 512
+    assert run.state.max_tokens == 4 * prefix
+    assert all(batch.layout.prefix >= prefix for batch in batching.micro_batches(examples, run.state.max_tokens, True))

@@ -10,7 +10,7 @@ from torch import nn
 
 from minilora import lora
 from minilora.errors import ConfigError
-from minilora.lora import LoRALinear, disabled, inject, lora_layers, lora_linear, plain_lora_linear
+from minilora.lora import LoRALinear, disabled, inject, lora_layers, lora_linear, plain_lora_linear, project
 
 IN, OUT, RANK = 12, 7, 3
 
@@ -307,3 +307,72 @@ def test_the_layer_says_what_it_is():
     assert "rank=2" in repr(layer)
     assert "scale=4" in repr(layer)
     assert "dropout=0.1" in repr(layer)
+
+
+def group(dropout=0.0, ranks=(3, 3), outs=(7, 4)):
+    """Two LoRA layers in fp64 that read the same input, the second without a bias."""
+    torch.manual_seed(5)
+    layers = []
+    for rank, out in zip(ranks, outs, strict=True):
+        base = nn.Linear(IN, out, bias=out == outs[0], dtype=torch.float64)
+        layer = LoRALinear(base, rank, alpha=2 * rank, dropout=dropout)
+        nn.init.normal_(layer.lora_B)
+        layers.append(layer)
+    return layers
+
+
+def test_layers_projected_together_are_each_what_it_is_alone():
+    layers = group(ranks=(3, 5))
+    x = torch.randn(2, 9, IN, dtype=torch.float64, requires_grad=True)
+    dys = [torch.randn(2, 9, layer.base_layer.out_features, dtype=torch.float64) for layer in layers]
+    weights = [weight for layer in layers for weight in (layer.lora_A, layer.lora_B)]
+    together, alone = project(x, layers), [layer(x) for layer in layers]
+    found, wanted = (torch.autograd.grad(ys, [x, *weights], dys) for ys in (together, alone))
+    for ours, theirs in zip((*together, *found), (*alone, *wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("x_grad", [True, False])
+def test_gradcheck_of_layers_projected_together(x_grad, dropout):
+    layers = group(dropout)
+    x = torch.randn(4, IN, dtype=torch.float64, requires_grad=x_grad)
+    weights = [weight for layer in layers for weight in (layer.lora_A, layer.lora_B)]
+
+    def function(x, *_):
+        torch.manual_seed(3)  # the same mask at every evaluation
+        return tuple(project(x, layers))
+
+    assert torch.autograd.gradcheck(function, (x, *weights))
+
+
+def test_layers_projected_together_share_one_mask_and_others_do_not():
+    layers = group(dropout=0.5, outs=(IN, IN))
+    eye = torch.eye(IN, dtype=torch.float64)
+    for layer in layers:
+        layer.lora_A, layer.lora_B = nn.Parameter(eye), nn.Parameter(eye)
+        layer.base_layer.weight.zero_()
+        layer.base_layer.bias = None
+    x = torch.ones(20, IN, dtype=torch.float64)
+    one, other = project(x, layers)
+    assert torch.equal(one, other)
+    assert (one == 0).any()
+    layers[1].dropout = 0.25  # another kind: each by itself
+    one, other = project(x, layers)
+    assert not torch.equal(one == 0, other == 0)
+    layers[0].enabled = False
+    assert torch.equal(project(x, layers)[0], torch.zeros_like(x))
+    assert torch.equal(project(x, [layers[0].base_layer, nn.Identity()])[1], x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_answer_is_the_same_to_the_bit(dtype):
+    layer = LoRALinear(nn.Linear(64, 48, dtype=dtype), RANK, alpha=5, dropout=0.5).eval()
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 7, 64, dtype=dtype)
+    with torch.no_grad():
+        answer = layer(x)
+    assert torch.equal(answer, layer(x))
+    layer.train()
+    with torch.no_grad():
+        assert not torch.equal(layer(x), layer(x))  # dropout stays where training is

@@ -36,6 +36,7 @@ def for_the_test(command: str) -> str | None:
     return command
 
 
+@pytest.mark.timeout(900)  # a dozen programs one after the other, on a machine that may be busy
 def test_the_commands_of_the_readme(tmp_path):
     for name in ("train.py", "data", "minilora"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -14,9 +14,10 @@ import minilora
 PACKAGE = Path(minilora.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [  # a room imports only rooms before it
-    *("errors", "config", "data", "attention", "batching", "model", "fast", "lora", "loss", "optim", "files"),
-    *("memory", "checkpoint", "adapter", "generate", "output", "merge", "rundir", "stopping", "runlog", "run"),
-    *("record", "finish", "loop", "cli"),
+    *("errors", "config", "data", "attention", "batching", "model", "lora", "fast", "loss", "optim", "files"),
+    *("memory", "checkpoint", "adapter", "generate", "questions", "adapters", "chat", "output", "merge", "export"),
+    *("evaluate", "rundir", "stopping", "runlog", "method", "watch", "predict", "run", "plan", "record", "finish"),
+    *("loop", "cli"),
 ]
 OPENERS = ["__init__", "__main__"]  # the version, and the door
 SCRIPTS = {"demo/build.py", "demo/corpus.py"}  # made the demo's files; no room imports them

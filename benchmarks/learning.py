@@ -1,0 +1,88 @@
+"""Equal learning: minilora and TRL train on the same rows for the same steps, and are scored on held-out rows.
+
+    python -m benchmarks.learning --model FOLDER --train_file rows.jsonl --rows 256 --held_out 64 --seeds 1,2
+
+Each contender saves its adapter in PEFT's format, and minilora's `eval` scores both: nats a supervised token, with the
+same rendering and mask. Exit code 1 when minilora's loss is above its peer's by more than 0.5 %.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.contenders import EXAMPLES_PER_STEP, MAX_LENGTH, SYSTEM, first_rows
+
+ROOT = Path(__file__).parent.parent
+MAX_RATIO = 1.005
+
+
+def train(name: str, seed: int, args: argparse.Namespace, folder: Path) -> Path:
+    """The adapter that a contender leaves, trained in a process of its own."""
+    adapter = folder / f"{name}-{seed}"
+    command = [sys.executable, "-m", "benchmarks.contenders", name, "--model", args.model, "--device", args.device]
+    command += ["--train_file", args.train_file, "--rows", str(args.rows), "--seed", str(seed)]
+    command += ["--save", str(adapter), "--json", str(folder / "result.json")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{name} failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}")
+    return adapter
+
+
+def held_out_loss(adapter: Path | None, rows: Path, args: argparse.Namespace) -> float:
+    """Nats a supervised token of the base with this adapter, or of the base alone."""
+    from minilora.evaluate import Request, evaluate
+
+    request = Request(
+        eval_file=str(rows),
+        model=args.model,
+        adapter=str(adapter) if adapter else None,
+        system_prompt=SYSTEM,
+        max_length=MAX_LENGTH,
+        device=args.device,
+    )
+    return evaluate(request).scores["adapter" if adapter else "base"].loss
+
+
+def main() -> int:
+    """Train, score, print one row for each seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--train_file", required=True)
+    parser.add_argument("--rows", type=int, default=256, help=f"a multiple of {EXAMPLES_PER_STEP}")
+    parser.add_argument("--held_out", type=int, default=64, help="rows after those, to score on")
+    parser.add_argument("--seeds", default="1,2")
+    parser.add_argument("--peer", default="trl-grouped")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("learning.json"))
+    args = parser.parse_args()
+    args.model, args.train_file = str(Path(args.model).resolve()), str(Path(args.train_file).resolve())
+    if args.rows < EXAMPLES_PER_STEP or args.rows % EXAMPLES_PER_STEP:
+        parser.error(f"--rows {args.rows} is no multiple of the {EXAMPLES_PER_STEP} examples of a step")
+    results, worst = [], 0.0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        held_out = folder / "held_out.jsonl"
+        every = first_rows(args.train_file, args.rows + args.held_out)
+        held_out.write_bytes(b"\n".join(every.splitlines()[args.rows :]) + b"\n")
+        before = held_out_loss(None, held_out, args)
+        print(f"| seed | before | minilora | {args.peer} | minilora / {args.peer} |\n| --- | --- | --- | --- | --- |")
+        for seed in map(int, args.seeds.split(",")):
+            losses = [
+                held_out_loss(train(each, seed, args, folder), held_out, args) for each in ("minilora", args.peer)
+            ]
+            ratio = losses[0] / losses[1]
+            worst = max(worst, ratio)
+            print(f"| {seed} | {before:.4f} | {losses[0]:.4f} | {losses[1]:.4f} | {ratio:.4f} |", flush=True)
+            results.append({"seed": seed, "before": before, "minilora": losses[0], args.peer: losses[1]})
+    about = {"rows": args.rows, "held_out": args.held_out, "steps": args.rows // EXAMPLES_PER_STEP}
+    args.out.write_text(json.dumps({"about": about, "results": results}, indent=2))
+    return int(worst > MAX_RATIO)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,82 @@
+"""What it saves to compute the system prompt of a micro-batch's rows once: the same rows and steps, with and without.
+
+    python -m benchmarks.shared_prefix --model FOLDER --train_file rows.jsonl --rows 32 --prompts 13,100,500
+
+A prompt of N tokens stands before each row (with its markup a few more are shared). Each run is a process of its own;
+the loss of the first step must be the same (dropout 0), and its gradient norm.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import SYSTEM, Result, first_rows
+
+ROOT = Path(__file__).parent.parent
+SENTENCE = "你是一个乐于助人的助手，请用简洁、准确、礼貌的语言回答用户提出的每一个问题。"
+
+
+def prompt_of(tokenizer: Any, tokens: int) -> str:
+    """A system prompt of about so many tokens; the seed's for the shortest."""
+    if len(tokenizer.encode(SYSTEM)) >= tokens - 8:  # its markup counts: <|im_start|>, system, \n, <|im_end|>, ...
+        return SYSTEM
+    ids = tokenizer.encode(SENTENCE)
+    return tokenizer.decode((ids * (tokens // len(ids) + 1))[:tokens])
+
+
+def train(prompt: str, share: str, args: argparse.Namespace) -> Result:
+    """One step's worth of rows at a time, in a process of its own."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = folder / "rows.jsonl"
+        rows.write_bytes(first_rows(args.train_file, args.rows))
+        command = [sys.executable, str(ROOT / "train.py"), "lora", "--model", args.model, "--train_file", str(rows)]
+        command += [
+            "--system_prompt",
+            prompt,
+            "--share_prefix",
+            share,
+            "--num_train_epochs",
+            "1",
+            "--lora_dropout",
+            "0",
+        ]
+        command += ["--output_dir", str(folder / "run"), "--device", args.device]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=os.environ)
+        if done.returncode:
+            raise SystemExit((done.stderr.strip() or "no output").splitlines()[-1])
+        first = json.loads((folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[0])
+        return json.loads((folder / "run" / "summary.json").read_text("utf-8")) | {"first": first}
+
+
+def main() -> None:
+    """Print one row for each prompt."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--train_file", required=True)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--prompts", default="13,100,500", help="tokens of each system prompt")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    from minilora.model import load_tokenizer
+
+    tokenizer = load_tokenizer(Path(args.model))
+    print("| prompt, tokens | without, tokens/s | with | gain | peak without, GiB | with | loss | gradient norm |")
+    print("| --- " * 8 + "|")
+    for tokens in map(int, args.prompts.split(",")):
+        prompt = prompt_of(tokenizer, tokens)
+        off, on = (train(prompt, share, args) for share in ("off", "on"))
+        cells = [f"{off['tokens_per_second']:.1f}", f"{on['tokens_per_second']:.1f}"]
+        cells += [f"{on['tokens_per_second'] / off['tokens_per_second']:.2f} x"]
+        cells += [f"{each['peak_memory_bytes'] / 2**30:.2f}" for each in (off, on)]
+        cells += [f"{off['first'][key]:.5f} / {on['first'][key]:.5f}" for key in ("loss", "grad_norm")]
+        print(f"| {len(tokenizer.encode(prompt))} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

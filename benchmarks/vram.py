@@ -1,0 +1,207 @@
+"""Peak memory and speed over micro-batch tokens, checkpointing and method, predicted beside measured.
+
+    python benchmarks/vram.py --model FOLDER --train_file rows.jsonl --tokens 512,2048 --steps 3
+
+Each setting trains --steps optimizer steps in a process of its own. Speed is the median of the steps after the first.
+"The largest" is the largest micro-batch there really was: a step of few rows cannot fill a large budget. On a CPU the
+peak is the process's resident memory, the interpreter's included; on CUDA it is what was allocated. Prints two tables,
+all settings and full against LoRA, and writes all figures to --out. Exit code 1: a setting failed; 2: bad arguments.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "minilora"
+METHODS = ("lora", "full")
+SWITCHES = {"off": False, "on": True}
+Result = dict[str, Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what cannot be obeyed; exit code 2."""
+        print(f"vram.py: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; what cannot be obeyed is refused here."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="@demo/model", help="model folder; @ is the package's (default: the demo's)")
+    parser.add_argument("--train_file", default="@demo/train.jsonl", help="JSONL file of examples")
+    parser.add_argument("--tokens", default="512,2048,8192", help="token budgets of a micro-batch")
+    parser.add_argument("--checkpointing", default="off,on")
+    parser.add_argument("--methods", default="lora,full")
+    parser.add_argument("--examples", type=int, default=32, help="of an optimizer step")
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps, the first of them not timed")
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    parser.add_argument("--flags", default="{}", help="JSON of further minilora keys")
+    parser.add_argument("--out", type=Path, default=Path("vram.json"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # the keys of one setting: the process that measures it
+    args = parser.parse_args(argv)
+    for name in ("model", "train_file"):
+        path = getattr(args, name)
+        setattr(args, name, str(PACKAGE / path[1:]) if path.startswith("@") else path)
+    args.tokens = [int(text) if text.isdecimal() else 0 for text in args.tokens.split(",")]
+    args.checkpointing, args.methods = args.checkpointing.split(","), args.methods.split(",")
+    refusals = {
+        "--tokens: whole numbers of at least 1, commas between them": min(args.tokens) < 1,
+        "--checkpointing: off, on or off,on": not set(args.checkpointing) <= set(SWITCHES),
+        "--methods: lora, full or lora,full": not set(args.methods) <= set(METHODS),
+        "--examples must be at least 1": args.examples < 1,
+        "--steps must be at least 2: the first is not timed": args.steps < 2,
+        f"--model {args.model}: no model folder": not (Path(args.model) / "config.json").is_file(),
+        f"--train_file {args.train_file}: no such file": not Path(args.train_file).is_file(),
+        f"--out {args.out}: there is no such folder": not args.out.parent.is_dir(),
+        f"--flags {args.flags}: no JSON object": not is_object(args.flags),
+    }
+    for message, refused in refusals.items():
+        if refused:
+            parser.error(message)
+    return args
+
+
+def is_object(text: str) -> bool:
+    """Whether a text is a JSON object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def settings(args: argparse.Namespace) -> list[Result]:
+    """The keys of every setting."""
+    common = {"model": args.model, "train_file": args.train_file, "device": args.device, "max_steps": args.steps}
+    common |= {"per_device_train_batch_size": args.examples, "gradient_accumulation_steps": 1, "eval_file": None}
+    return [
+        common
+        | {"method": method, "gradient_checkpointing": SWITCHES[switch], "max_tokens_per_micro_batch": tokens}
+        | json.loads(args.flags)
+        for method in args.methods
+        for switch in args.checkpointing
+        for tokens in args.tokens
+    ]
+
+
+def train_one(keys: Result) -> Result:
+    """Train one setting in this process, and say what it took."""
+    from minilora import loop, output, predict
+    from minilora.config import resolve
+
+    largest = []
+
+    def remembered(*args: Any) -> Any:
+        largest.append(batch := original(*args))
+        return batch
+
+    original, predict.largest_batch = predict.largest_batch, remembered
+    output.sample_answers = lambda _: [""] * len(output.SAMPLE_PROMPTS)  # how it speaks is not measured here
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        summary = loop.train(resolve("lora", keys | {"output_dir": str(run)}))
+        lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
+        speeds = [record["tokens_per_second"] for record in map(json.loads, lines) if "tokens_per_second" in record]
+        result_bytes = sum(path.stat().st_size for path in (run / summary.result).glob("*.safetensors"))
+    return {
+        "largest_tokens": largest[-1].input_ids.numel() if largest else None,
+        "predicted_peak_bytes": summary.predicted_peak_memory_bytes,
+        "peak_bytes": summary.peak_memory_bytes,
+        "tokens_per_second": statistics.median(speeds[1:]),
+        "trainable_parameters": summary.trainable_parameters,
+        "parameters": summary.parameters,
+        "result_bytes": result_bytes,
+    } | reserved()
+
+
+def reserved() -> Result:
+    """What the allocator of a card held at most."""
+    import torch
+
+    return {"reserved_bytes": torch.cuda.max_memory_reserved()} if torch.cuda.is_initialized() else {}
+
+
+def measure(keys: Result) -> Result:
+    """`train_one` in a process of its own; a failure is told in its last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, str(Path(__file__)), "--one", json.dumps(keys), "--out", str(out)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+        if done.returncode == 0 and out.exists():
+            return json.loads(out.read_text("utf-8"))
+        lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+        return {"failed": f"signal {-done.returncode}" if done.returncode < 0 else lines[-1]}
+
+
+def row(cells: list[str]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def table(found: list[tuple[Result, Result]]) -> str:
+    """All settings as Markdown."""
+    head = ["method", "checkpointing", "micro-batch of up to", "the largest", "predicted GiB", "measured GiB"]
+    head += ["measured / predicted", "tokens/s"]
+    lines = [row(head), row(["---"] * len(head))]
+    for keys, result in found:
+        cells = [keys["method"], "on" if keys["gradient_checkpointing"] else "off"]
+        cells += [f"{keys['max_tokens_per_micro_batch']:,}"]
+        if "failed" in result:
+            lines.append(row([*cells, f"failed: {result['failed']}", "", "", "", ""]))
+            continue
+        predicted, peak = result["predicted_peak_bytes"], result["peak_bytes"]
+        cells += [f"{result['largest_tokens']:,}" if result["largest_tokens"] else "not known"]
+        cells += [f"{predicted / 2**30:.2f}" if predicted else "not predicted", f"{peak / 2**30:.2f}"]
+        cells += [f"{peak / predicted:.2f}" if predicted else "", f"{result['tokens_per_second']:,.0f}"]
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def methods_table(found: list[tuple[Result, Result]]) -> str:
+    """Full against LoRA, each at the first setting of its own that went well."""
+    good = [(keys, result) for keys, result in found if "failed" not in result]
+    firsts = {keys["method"]: (keys, result) for keys, result in reversed(good)}
+    head = ["method", "trainable parameters", "share", "peak memory GiB", "tokens/s", "size of the result MB"]
+    lines = [row(head), row(["---"] * len(head))]
+    for method, (_, result) in sorted(firsts.items(), key=lambda item: METHODS.index(item[0])):
+        trained, total = result["trainable_parameters"], result["parameters"]
+        cells = [method, f"{trained:,}", f"{100 * trained / total:.2f} %", f"{result['peak_bytes'] / 2**30:.2f}"]
+        lines.append(row([*cells, f"{result['tokens_per_second']:,.0f}", f"{result['result_bytes'] / 1e6:,.1f}"]))
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Measure every setting in turn; or, for --one, this one."""
+    args = parse(argv)
+    if args.one:
+        args.out.write_text(json.dumps(train_one(json.loads(args.one))), "utf-8")
+        return 0
+    found = []
+    for keys in settings(args):
+        found.append((keys, result := measure(keys)))
+        again = ", checkpointing" * keys["gradient_checkpointing"]
+        said = f"failed: {result['failed']}" if "failed" in result else f"{result['peak_bytes'] / 2**30:.2f} GiB"
+        print(f"{keys['method']}{again}, {keys['max_tokens_per_micro_batch']:,} tokens: {said}", flush=True)
+    about = {name: metadata.version(name) for name in ("torch", "transformers")} | {"cores": os.cpu_count()}
+    about |= {"date": datetime.now(UTC).isoformat(timespec="minutes"), "arguments": argv}
+    results = [{"keys": keys, "result": result} for keys, result in found]
+    args.out.write_text(json.dumps({"about": about, "results": results}, indent=2, ensure_ascii=False), "utf-8")
+    print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"\n{table(found)}\n\nFull against LoRA, at the first setting of each:\n\n{methods_table(found)}")
+    return int(any("failed" in result for _, result in found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

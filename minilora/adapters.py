@@ -1,0 +1,124 @@
+"""Several adapters on one base: each loaded once, switched by name, the base never loaded again."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from minilora import adapter
+from minilora.errors import AdapterError
+from minilora.generate import Speaker, load_speaker
+from minilora.lora import inject, lora_layers
+from minilora.model import fingerprint
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter in memory: its settings, the system prompt it was trained with, and A, B, scale by layer name."""
+
+    config: adapter.AdapterConfig
+    system_prompt: str | None
+    values: dict[str, tuple[nn.Parameter, nn.Parameter, float]]
+
+
+class Adapters:
+    """The adapters of one base, of any ranks and targets, by name; one of them, or none, is active.
+
+    Switching gives the model's LoRALinear layers the A, B and scale of another adapter; a layer which that adapter does
+    not change is disabled. They are for answering: `adapter.load` gives one to train on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if lora_layers(model):
+            raise AdapterError("Adapters needs a base without an adapter on it")
+        self.model = model
+        self.active: str | None = None
+        self._fingerprint = fingerprint(model)
+        self._loaded: dict[str, Loaded] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of what is loaded, in the order of loading."""
+        return list(self._loaded)
+
+    def load(self, name: str, folder: Path, allow_other_base: bool = False) -> Loaded:
+        """Read an adapter, make it active, and return it. Raises AdapterError as `adapter.load` does."""
+        if name in self._loaded:
+            raise AdapterError(f"there is already an adapter {name!r}: give this one another name, NAME=DIR")
+        config, updates = adapter.read(self.model, folder, self._fingerprint, allow_other_base)
+        wrapped = {layer.rpartition(".")[2] for layer in lora_layers(self.model)}
+        if new := [target for target in config.target_modules if target not in wrapped]:
+            inject(self.model, new, config.rank, config.alpha, config.dropout, config.rslora)
+            self.model.eval()
+        values = {}
+        for layer_name, layer in lora_layers(self.model).items():
+            if update := updates.get(f"{layer_name}.weight"):
+                A, B = (nn.Parameter(part.to(layer.lora_A), requires_grad=False) for part in (update.A, update.B))
+                values[layer_name] = (A, B, update.scale)
+        prompt = adapter.read_metadata(folder).get("system_prompt")
+        self._loaded[name] = Loaded(config, prompt, values)
+        self.use(name)
+        return self._loaded[name]
+
+    def use(self, name: str | None) -> Loaded | None:
+        """Make an adapter active, or none. Raises AdapterError that lists the names when there is no such adapter."""
+        if name is not None and name not in self._loaded:
+            raise AdapterError(f"there is no adapter {name!r}; loaded: {', '.join(self._loaded) or 'none'}")
+        chosen = None if name is None else self._loaded[name]
+        for layer_name, layer in lora_layers(self.model).items():
+            layer.enabled = chosen is not None and layer_name in chosen.values
+            if chosen is not None and layer.enabled:
+                layer.lora_A, layer.lora_B, layer.scale = chosen.values[layer_name]
+        self.active = name
+        return chosen
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model answers as its base does."""
+        active = self.active
+        self.use(None)
+        try:
+            yield
+        finally:
+            self.use(active)
+
+
+def named_folders(given: Sequence[str]) -> dict[str, Path]:
+    """What stands after --adapter as names and folders: NAME=DIR, or DIR, named after the run it lies in.
+
+    runs/mine/adapter is mine, runs/mine/best is mine/best. Raises AdapterError when two have one name.
+    """
+    named: dict[str, Path] = {}
+    for text in given:
+        before, equals, after = text.partition("=")
+        name, folder = (before, Path(after)) if equals and not Path(text).is_dir() else ("", Path(text))
+        if not name:
+            *_, run, last = ("", *folder.absolute().parts)
+            name = {"adapter": run, "best": f"{run}/best"}.get(last, last)
+        if name in named:
+            raise AdapterError(f"{named[name]} and {folder} are both named {name!r}: give --adapter NAME=DIR")
+        named[name] = folder
+    return named
+
+
+def load_several(
+    named: Mapping[str, Path],
+    model_name: str | None,
+    dtype: str = "auto",
+    device: str = "auto",
+    system_prompt: str | None = None,
+    allow_other_base: bool = False,
+) -> tuple[Speaker, Adapters]:
+    """A base (model_name, else that of the first adapter) with adapters on it, the first one active."""
+    bases = [adapter.base_of(folder, model_name) for folder in named.values()]  # mistakes before the base is loaded
+    speaker = load_speaker(next(iter(bases), model_name), None, dtype, device, system_prompt)
+    adapters = Adapters(speaker.model)
+    for name, folder in named.items():
+        adapters.load(name, folder, allow_other_base)
+    if named:
+        first = adapters.use(adapters.names[0])
+        if system_prompt is None and first is not None:
+            speaker.system_prompt = first.system_prompt or ""
+    return speaker, adapters

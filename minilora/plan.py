@@ -1,0 +1,197 @@
+"""`minilora plan`: what a run will need of memory, by part and for other settings, and what fits; nothing is loaded."""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from minilora.batching import Schedule, collate, make_schedule
+from minilora.config import TrainConfig, nearest
+from minilora.data import ChatMarkup, Dataset, Example, read_rows, split
+from minilora.errors import ConfigError
+from minilora.memory import free_bytes, gib, memory_bytes
+from minilora.model import find_model, load_tokenizer, num_layers, pick_device, pick_dtype
+from minilora.predict import USABLE, Memory, Setup, along, fitting_cut, largest_batch, predict
+from minilora.run import MICRO_BATCH_TOKENS, longest_allowed, to_examples
+from minilora.runlog import device_name, say
+
+CARDS_GIB = {"RTX 3060": 12, "RTX 4080": 16, "RTX 4090": 24, "RTX 5090": 32, "A100": 80, "H100": 80, "H200": 141}
+BUDGETS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+COUNTED_TOKENS = {"cpu": (768, 1536), "cuda": (2048, 4096)}  # chunks of logits are full there; on a CPU more takes long
+COUNTED_LENGTH = 256  # of a row; shorter ones take the same memory, and on a CPU longer to count
+Variant = tuple[Literal["lora", "full"], bool]  # method, checkpointing
+VARIANTS: tuple[Variant, ...] = (("lora", False), ("lora", True), ("full", False), ("full", True))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is to go; bytes of its memory that are in use now, and that may be at the peak."""
+
+    name: str
+    device_type: str  # cpu | cuda
+    dtype: torch.dtype
+    in_use: float
+    usable: float
+
+    def peak(self, memory: Memory) -> float:
+        """The most that will be in use there."""
+        return memory.peak(self.device_type, self.in_use)
+
+    def fits(self, memory: Memory) -> bool:
+        """Whether that is usable."""
+        return self.peak(memory) <= self.usable
+
+
+def plan(config: TrainConfig, card: str | None) -> None:
+    """Print what a run of these settings needs. Raises ConfigError, DataError or ModelError for what it cannot read."""
+    place = on_card(config, card) if card else here(config)
+    base_folder = find_model(config.model)
+    dataset, about_rows = rows_of(config)
+    steps = (config.examples_per_step, config.num_train_epochs, config.max_steps, config.seed)
+    schedule = make_schedule(len(dataset), *steps)
+    setup = Setup(config, base_folder, place.dtype, place.device_type, bool(config.gradient_checkpointing))
+    most = MICRO_BATCH_TOKENS[place.device_type]
+    asked = config.max_tokens_per_micro_batch if config.packing else 1
+    asked = asked or (most if place.device_type == "cpu" else 0)
+    choice = fitting_cut(setup, dataset, schedule, asked, most, place.usable - place.in_use)
+    assert choice.memory is not None, "a prediction that fails is an error here"
+    setup = dataclasses.replace(setup, checkpointing=choice.checkpointing)
+    if place.device_type == "cpu":  # what reading and counting have brought into memory, a run brings too
+        place = dataclasses.replace(place, in_use=memory_bytes(torch.device("cpu")))
+
+    batch = largest_batch(setup, dataset, schedule, choice.max_tokens)
+    dtype = str(place.dtype).removeprefix("torch.")
+    say("model", f"{config.model}: {num_layers(base_folder)} layers, matrix products in {dtype}")
+    say("rows", about_rows)
+    say("setting", f"method {config.method}, micro-batches of up to {choice.max_tokens:,} tokens")
+    say("", f"the largest has {batch.input_ids.numel():,} tokens of {len(batch.layout.lengths):,} examples")
+    if choice.checkpointing:
+        say("", "activations are computed again in the backward pass")
+    say("place", f"{place.name}, {gib(place.usable)} usable")
+    print(f"\n{parts_table(choice.memory, config.method, place)}\n", flush=True)
+    cells = grid(setup, dataset, schedule)
+    print(f"{settings_table(cells, place)}\n")
+    say("verdict", verdict(choice.memory, (config.method, choice.checkpointing), choice.max_tokens, cells, place))
+
+
+def here(config: TrainConfig) -> Place:
+    """The device of the settings, as it is now."""
+    device = pick_device(config.device)
+    in_use = memory_bytes(device)
+    name = device_name(device) + (": predicted as for any card, not measured" if device.type == "cuda" else "")
+    usable = in_use + free_bytes(device) * USABLE
+    return Place(name, device.type, pick_dtype(config.dtype, device), in_use, usable)
+
+
+def on_card(config: TrainConfig, card: str) -> Place:
+    """A card by its name or its GiB. Raises ConfigError."""
+    sizes = {name.lower(): size for name, size in CARDS_GIB.items()}
+    digits = card.lower().strip().removesuffix("gib").removesuffix("gb").strip()
+    size = sizes.get(card.lower().strip()) or (int(digits) if digits.isdecimal() and len(digits) < 5 else 0)
+    if not size:
+        known = ", ".join(CARDS_GIB)
+        raise ConfigError(f"--card {card!r} is none of {known}, and no number of GiB.{nearest(card, CARDS_GIB)}")
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    return Place(f"{card} ({size} GiB): not measured", "cuda", dtype, 0.0, size * 2**30 * USABLE)
+
+
+def rows_of(config: TrainConfig) -> tuple[Dataset, str]:
+    """(the rows that would be trained on, a description); where there is no train_file, as long as they may be."""
+    base_folder = find_model(config.model)
+    longest = longest_allowed(config, base_folder, [])
+    if not os.path.lexists(os.path.expanduser(config.train_file)):
+        count = config.examples_per_step
+        supervised = np.tile(np.arange(longest) >= longest // 2, count)
+        offsets = np.arange(count + 1, dtype=np.int64) * longest
+        dataset = Dataset(np.zeros(count * longest, np.int32), supervised, offsets, np.arange(count, dtype=np.int64))
+        return dataset, f"there is no {config.train_file}: all are taken to have {longest:,} tokens, half supervised"
+    rows, report = read_rows(config.train_file, config.on_bad_rows)
+    markup = ChatMarkup(load_tokenizer(base_folder))
+    dataset, _ = split(to_examples(config, rows, markup, report, longest), config.val_size, config.seed)
+    lengths = dataset.lengths
+    return dataset, (
+        f"{config.train_file}: {len(dataset):,}, of {int(np.median(lengths)):,} tokens in the middle and "
+        f"{int(lengths.max()):,} at most"
+    )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Memory over token budgets, for each variant."""
+
+    tokens: tuple[int, ...]  # of the largest micro-batch, in the order of BUDGETS; as many as a step has
+    memories: dict[Variant, tuple[Memory, ...]]
+
+    def cells(self, variant: Variant) -> Iterator[tuple[int, Memory]]:
+        """(budget, memory) of a variant, the smallest budget first."""
+        return zip(BUDGETS, self.memories[variant], strict=False)
+
+
+def grid(setup: Setup, dataset: Dataset, schedule: Schedule) -> Grid:
+    """Counted at two sizes and drawn out along the line through both; rows of COUNTED_LENGTH, all supervised."""
+    longest = int(dataset.lengths.max()) - 1
+    steps = range(min(schedule.num_steps, schedule.steps_per_epoch))
+    in_a_step = max(int(dataset.lengths[schedule.examples_of(step)].sum()) for step in steps)
+    tokens = [min(max(budget, longest), in_a_step) for budget in BUDGETS]
+    tokens = tokens[: tokens.index(in_a_step) + 1] if in_a_step in tokens else tokens
+
+    at = COUNTED_TOKENS[setup.device_type]
+    ids = np.zeros(COUNTED_LENGTH + 1, np.int32)
+    batches = [collate([Example(ids, ids)] * (size // COUNTED_LENGTH)) for size in at]
+    memories = {}
+    for method, checkpointing in VARIANTS:
+        config = dataclasses.replace(setup.config, method=method)
+        variant = dataclasses.replace(setup, config=config, checkpointing=checkpointing)
+        points = (predict(variant, batches[0]), predict(variant, batches[1]))
+        memories[method, checkpointing] = tuple(along(points, at, number) for number in tokens)
+    return Grid(tuple(tokens), memories)
+
+
+def parts_table(memory: Memory, method: str, place: Place) -> str:
+    """Markdown: each part of the memory of a run."""
+    lora = method == "lora"
+    parts = {
+        "interpreter, libraries, rows (in use now)": place.in_use,
+        "base weights" if lora else "weights (fp32 masters)": memory.weights,
+        "adapter": memory.adapter,
+        "gradients": memory.gradients,
+        "AdamW's moments": memory.optimizer,
+        "activations kept for the backward pass": memory.saved,
+        "peak of a micro-batch beyond them (logits, what is computed on)": memory.beyond,
+    }
+    parts["kernels' code and the heap's holes (measured share)"] = place.peak(memory) - sum(parts.values())
+    rows = [f"| {name} | {gib(size)} |" for name, size in parts.items() if size >= 1]
+    return "\n".join(["| part | memory |", "| --- | --- |", *rows, f"| **peak** | **{gib(place.peak(memory))}** |"])
+
+
+def settings_table(cells: Grid, place: Place) -> str:
+    """Markdown: the peak over budgets and variants; what does not fit is in brackets."""
+    names = [method + ", checkpointing" * again for method, again in VARIANTS]
+    lines = [f"| micro-batch of up to | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    for row, tokens in enumerate(cells.tokens):
+        peaks = [cells.memories[variant][row] for variant in VARIANTS]
+        shown = [gib(place.peak(memory)) if place.fits(memory) else f"({gib(place.peak(memory))})" for memory in peaks]
+        more = f" ({tokens:,} are a whole step)" if tokens < BUDGETS[row] else ""
+        lines.append(f"| {BUDGETS[row]:,} tokens{more} | {' | '.join(shown)} |")
+    return "\n".join([*lines, "", "In brackets: does not fit."])
+
+
+def verdict(memory: Memory, variant: Variant, max_tokens: int, cells: Grid, place: Place) -> str:
+    """Whether the setting fits, and if not, the cheapest change that does."""
+    need = f"{gib(place.peak(memory))} of {gib(place.usable)}"
+    if place.fits(memory):
+        return f"it fits: {need}"
+    method, again = variant
+    ways = [variant, (method, True), ("lora", False), ("lora", True)]  # in order of cost
+    for way in dict.fromkeys(ways):
+        fitting = [budget for budget, found in cells.cells(way) if place.fits(found)]
+        fitting = [budget for budget in fitting if budget < max_tokens] if way == variant else fitting
+        if fitting:
+            flags = f"--max_tokens_per_micro_batch {max(fitting)}"
+            flags += " --gradient_checkpointing" * (way[1] and not again) + " --method lora" * (way[0] != method)
+            return f"it does not fit: {need}. The cheapest change that does: {flags}"
+    return f"it does not fit: {need}. Nothing in the table does: a shorter --max_length, or a smaller --model"

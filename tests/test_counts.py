@@ -1,0 +1,51 @@
+"""What a step of Qwen2-0.5B's shape costs, counted: figures that no noisy machine can blur, and none may lose."""
+
+from functools import cache
+
+import pytest
+
+from benchmarks.counts import Counts, count, formula_flops_per_token, whole
+
+TOKENS, EXAMPLES = 4096, 8  # half supervised; r 8, dropout 0.05, q/k/v/o
+
+
+@cache
+def minilora(checkpointing: bool = False, form: str = "cuda") -> Counts:
+    """24 layers, counted on 2 and 3 of them."""
+    return whole("minilora", tokens=TOKENS, examples=EXAMPLES, checkpointing=checkpointing, form=form)
+
+
+def test_saved_for_backward():
+    assert minilora().saved_bytes_per_token <= 0.9e6
+
+
+def test_peak_beyond_the_weights():
+    assert minilora().peak_bytes <= 4.5 * 2**30
+    assert minilora(checkpointing=True).peak_bytes <= 1.2 * 2**30
+
+
+def test_flops_are_those_of_the_formula():
+    """DESIGN section 5, its attention over the tokens that are seen: the causal half of the square, as kernels do it.
+
+    What is beyond the formula is LoRA's own products (0.3 %); a weight's gradient, full logits or attention over the
+    whole square would each be more than 3 %.
+    """
+    formula = formula_flops_per_token(TOKENS // EXAMPLES)
+    assert formula <= minilora().flops_per_token <= 1.03 * formula
+
+
+def test_operations_of_a_micro_batch():
+    assert minilora().operations <= 9000
+
+
+def test_the_cpu_form_saves_and_peaks_as_little():
+    """Counted at 512 tokens of one example: the CPU's blocks make many operations of a long micro-batch."""
+    plain = whole("minilora", tokens=512, examples=1, form="cpu")
+    assert plain.saved_bytes_per_token <= 0.9e6
+    assert plain.flops_per_token <= 1.03 * formula_flops_per_token(512)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_two_and_three_layers_tell_of_more(checkpointing):
+    size = {"tokens": 1024, "examples": 8, "checkpointing": checkpointing, "form": "cuda"}
+    assert whole("minilora", layers=7, **size) == count("minilora", layers=7, **size)

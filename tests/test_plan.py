@@ -1,0 +1,135 @@
+"""`minilora plan`: by part, by setting, by card; what cannot be read is one line."""
+
+import re
+
+import pytest
+from conftest import write_jsonl
+
+from minilora import cli, demo
+from minilora import plan as planning
+from minilora.config import TrainConfig
+from minilora.errors import ConfigError
+from minilora.plan import BUDGETS, CARDS_GIB, VARIANTS, Grid, Place, on_card, verdict
+from minilora.predict import Memory
+
+GIB = 2**30
+DEMO = str(demo.DEMO_DIR)
+
+
+@pytest.fixture
+def said(tmp_path, monkeypatch, capsys):
+    """A function: what `minilora plan` prints for these arguments, in a folder with 40 rows."""
+    write_jsonl(tmp_path / "rows.jsonl", 40)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planning, "COUNTED_TOKENS", {"cpu": (256, 512), "cuda": (256, 512)})  # quicker
+
+    def run(*argv: str) -> str:
+        assert cli.main(["plan", "--model", DEMO, "--train_file", "rows.jsonl", *argv]) == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"], "a plan leaves nothing behind"
+        return capsys.readouterr().out
+
+    return run
+
+
+def mib(cell: str) -> float:
+    number, unit = re.fullmatch(r"\(?\**([\d.]+) (MiB|GiB)\**\)?", cell.strip()).groups()
+    return float(number) * {"MiB": 1, "GiB": 1024}[unit]
+
+
+def rows_below(text: str, head: str) -> list[list[str]]:
+    """The cells of the Markdown table whose head begins so."""
+    table = text[text.index(head) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in table]
+
+
+def test_parts_add_up_and_settings_are_in_order(said, monkeypatch):
+    monkeypatch.setattr(planning, "BUDGETS", (512, 1024))
+    text = said("--card", "RTX 4080", "--dtype", "float32")
+    parts = dict(rows_below(text, "| part"))
+    total = mib(parts.pop("**peak**"))
+    assert sum(mib(size) for size in parts.values()) == pytest.approx(total, abs=0.1 * len(parts))
+    assert mib(parts["base weights"]) == pytest.approx((1_075_200 - 28_672) * 4 / 2**20, abs=0.06)
+    for budget, *cells in rows_below(text, "| micro-batch"):
+        assert budget.startswith(("512 tokens", "1,024 tokens"))
+        lora, lora_again, full, full_again = map(mib, cells)
+        assert lora_again < lora < full
+        assert full_again < full
+    assert "it fits" in text
+    assert "not measured" in text
+
+
+def test_the_interpreter_counts_on_a_cpu(said):
+    parts = dict(rows_below(said("--device", "cpu"), "| part"))
+    assert mib(parts["interpreter, libraries, rows (in use now)"]) > 200
+
+
+def test_without_rows_all_are_as_long_as_allowed(said):
+    text = said(
+        "--train_file", "none.jsonl", "--max_length", "300", "--card", "24", "--max_tokens_per_micro_batch", "900"
+    )
+    assert "there is no none.jsonl: all are taken to have 300 tokens" in text
+    assert "the largest has 897 tokens of 3 examples" in text
+    assert "24 (24 GiB)" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--card", "RTX 4o80"], "none of RTX 3060, .* Did you mean RTX 4080?"),
+        (["--card", "0"], "no number of GiB"),
+        (["--card", "-3"], "no number of GiB|expected one argument"),
+        (["--lora_q", "3"], "--lora_r"),
+        (["--device", "cuda:9"], "this machine shows"),
+        (["--model", "./nowhere"], "no such folder"),
+        (["--target_modules", "qproj"], "match nothing"),
+        (["lorra"], "Did you mean lora?"),
+    ],
+)
+def test_mistakes_are_one_line(said, capsys, argv, message):
+    assert cli.main(["plan", "--model", DEMO, "--train_file", "rows.jsonl", *argv]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+
+
+def test_bad_rows_are_told_as_training_tells_them(said, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    assert cli.main(["plan", "--model", DEMO, "--train_file", "rows.jsonl"]) == 2
+    assert "rows.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CARDS_GIB)
+def test_cards_by_name_in_any_case(name):
+    assert on_card(TrainConfig(), name.lower()).usable == CARDS_GIB[name] * GIB * 0.9
+
+
+def test_a_card_without_size_is_refused():
+    with pytest.raises(ConfigError, match="no number of GiB"):
+        on_card(TrainConfig(), "99999")
+
+
+def memory(total: float) -> Memory:
+    return Memory(total, 0.0, 0.0, 0.0, 0.0, (0.0,) * 5)
+
+
+@pytest.mark.parametrize(
+    ("usable", "variant", "budget", "expected"),
+    [
+        (40, ("lora", False), 2048, "it fits"),
+        (39, ("lora", False), 2048, "that does: --max_tokens_per_micro_batch 1024$"),
+        (9, ("lora", False), 2048, "--max_tokens_per_micro_batch 2048 --gradient_checkpointing$"),
+        (9, ("lora", True), 4096, "--max_tokens_per_micro_batch 2048$"),
+        (79, ("full", True), 2048, "--max_tokens_per_micro_batch 1024$"),
+        (50, ("full", True), 512, "--max_tokens_per_micro_batch 2048 --method lora$"),
+        (1, ("lora", False), 512, "Nothing in the table does"),
+    ],
+)
+def test_the_cheapest_change_that_fits(usable, variant, budget, expected):
+    """Bytes for 512, 1,024 and 2,048 tokens."""
+    sizes = {("lora", False): (10, 20, 40), ("lora", True): (2, 4, 8)}
+    sizes |= {("full", False): (100, 200, 400), ("full", True): (60, 70, 80)}
+    assert tuple(sizes) == VARIANTS
+    memories = {way: tuple(memory(size) for size in of) for way, of in sizes.items()}
+    own = memory(sizes[variant][BUDGETS.index(budget)] if budget < 4096 else 16)
+    place = Place("somewhere", "cuda", None, 0.0, usable)
+    assert re.search(expected, verdict(own, variant, budget, Grid(BUDGETS[:3], memories), place))
