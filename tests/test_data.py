@@ -882,13 +882,15 @@ def mutated(rng):
     return raw.replace(b"\n", b" ")
 
 
-def test_fuzz(tmp_path):
-    """2,000 damaged lines: never anything but DataError, exactly the bad ones named, exactly the good ones kept."""
-    rng = random.Random(1)
-    lines = [GOOD, *(mutated(rng) for _ in range(2000))]
+@pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_fuzz(tmp_path, count):
+    """Damaged lines: never anything but DataError, exactly the bad ones named, exactly the good ones kept."""
+    rng = random.Random(count)
+    lines = [GOOD, *(mutated(rng) for _ in range(count))]
     verdicts = {number: judge(raw) for number, raw in enumerate(lines, 1) if raw.strip()}
     bad = [number for number, turns in verdicts.items() if turns is None]
-    assert 500 < len(bad) < 1500
+    assert count // 4 < len(bad) < 3 * count // 4
+    print(f"\n{count:,} fuzzed lines: {len(bad):,} bad ones named, {len(verdicts) - len(bad):,} good ones kept")
     file = write(tmp_path / "rows.jsonl", lines)
     rows, report = read_rows(file, "skip")
     assert [int(re.fullmatch(rf"{file}:(\d+): (?s:.+)", each)[1]) for each in report.bad] == bad
