@@ -36,7 +36,7 @@ USABLE = 0.9  # of what a device has free: allocators lose some to rounding, ker
 
 # On a CPU the resident memory is what counts. Measured beside what the predicted tensors take (tests/test_predict.py):
 CPU_FIRST_USE_BYTES = 60 * 2**20  # code and buffers of the kernels, when they are first used
-CPU_HEAP_SHARE = 0.35  # of what is saved: holes in glibc's heap, where blocks of less than 32 MiB lie
+CPU_HEAP_SHARE = 0.3  # of what a micro-batch holds: holes in glibc's heap, where blocks of less than 32 MiB lie
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Memory:
 
     def peak(self, device_type: str, before: float) -> float:
         """Most that will be in use, of which `before` is already: allocated on a CUDA device, resident on a CPU."""
-        slack = CPU_FIRST_USE_BYTES + CPU_HEAP_SHARE * self.saved if device_type == "cpu" else 0
+        slack = CPU_FIRST_USE_BYTES + CPU_HEAP_SHARE * max(self.peaks) if device_type == "cpu" else 0
         return before + self.total + slack
 
 

@@ -247,3 +247,15 @@ def test_resident_memory_is_predicted_within_15_percent(tmp_path):
     assert all(abs(ratio - 1) <= 0.15 for ratio in ratios.values()), ratios
     smallest, largest = min(peak for _, _, peak in found), max(peak for _, _, peak in found)
     assert largest > 1.2 * smallest, "or there was nothing to predict"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keys", [{}, {"gradient_checkpointing": True}, {"method": "full"}])
+def test_allocated_memory_is_predicted_within_15_percent(make_config, quiet_finish, keys):
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    config = make_config(device="cuda", dtype="bfloat16", max_tokens_per_micro_batch=0, max_steps=2, **keys)
+    summary = loop.train(config)
+    measured, predicted = summary.peak_memory_bytes - before, summary.predicted_peak_memory_bytes - before
+    assert measured == pytest.approx(predicted, rel=0.15)
