@@ -55,8 +55,13 @@ def make_dataset(lengths) -> Dataset:
     return _flat([example.input_ids for example in examples], supervised, list(range(len(lengths))))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("method", ["lora", "full"])
+LONG_TO_COUNT = (("lora", True), ("full", False), ("full", True))
+
+
+@pytest.mark.parametrize(
+    ("method", "checkpointing"),
+    [("lora", False), *(pytest.param(*long, marks=pytest.mark.soak) for long in LONG_TO_COUNT)],
+)
 def test_two_layers_and_three_tell_of_all_24(config_only, method, checkpointing):
     """Exactly: to the byte, for every part and every stretch."""
     setup = make_setup(config_only, "cuda", checkpointing, method=method, target_modules=("q_proj", "down_proj"))
