@@ -14,7 +14,7 @@ from minilora.batching import Schedule, common_prefix, make_schedule
 from minilora.checkpoint import Identity, TrainState
 from minilora.config import TrainConfig
 from minilora.data import ChatMarkup, DataReport, Dataset, Row, read_rows, split, tokenize
-from minilora.memory import free_bytes, gib, memory_bytes, peak_memory_bytes
+from minilora.memory import free_bytes, gib, memory_bytes, peak_memory_bytes, trim_heap
 from minilora.method import make_trainable
 from minilora.model import find_model, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype
 from minilora.optim import make_optimizer
@@ -65,6 +65,7 @@ class Run:
         """Give the memory of model and optimizer free; the run can only be reported after that."""
         del self.model, self.optimizer
         gc.collect()
+        trim_heap(self.device)
 
 
 def prepare(config: TrainConfig, stop: StopRequest, held: ExitStack) -> Run:
