@@ -75,7 +75,7 @@ class Counts:
 
 
 def formula_flops_per_token(tokens_per_example: int, layers: int = 24) -> float:
-    """DESIGN section 5: body forward and d input, head on supervised rows only, attention; no d weight, no LoRA.
+    """By hand: body forward and d input, head on supervised rows only, attention; no d weight, no LoRA.
 
     Attention: 2 products forward, 5 backward (scores are computed again), over the tokens that are seen.
     """
@@ -222,7 +222,7 @@ def main() -> None:
     print(f"{args.tokens:,} tokens in {args.examples} examples, half supervised, dropout {args.dropout}, ", end="")
     print(f"torch {torch.__version__}\n\n{table(counts)}\n")
     formula = formula_flops_per_token(args.tokens // args.examples, args.layers) / 1e6
-    print(f"formula (DESIGN 5): {formula:,.0f} MFLOP/token")
+    print(f"formula: {formula:,.0f} MFLOP/token")
     often = sorted(counts[0].names.items(), key=lambda item: -item[1])[:12]
     print("most frequent operations of the first row: " + ", ".join(f"{name} {number:,}" for name, number in often))
 

@@ -6,7 +6,7 @@ Format: https://github.com/huggingface/peft/blob/main/docs/source/developer_guid
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "layers_to_transform": (None,),
     "layer_replication": (None,),
     "lora_bias": (False,),
-    "use_dora": (False,),
     "use_qalora": (False,),
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "exclude_modules": (None, []),
     "alora_invocation_tokens": (None,),
     "use_bdlora": (None,),
+    # the others (pissa, olora, corda, loftq, ...) change the base too, and PEFT does so again when it loads one
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
 
 
@@ -52,20 +53,41 @@ class AdapterConfig:
     dropout: float
     target_modules: tuple[str, ...]
     rslora: bool
+    dora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names: ...q_proj.lora_A.weight (r, in), ...q_proj.lora_B.weight (out, r)."""
+def converted(config: AdapterConfig) -> AdapterConfig:
+    """What an adapter that began at PiSSA's start is on the original base: of twice the rank, with the same scale.
+
+    rsLoRA's would need an alpha that is no whole number; `tensors` folds its scale into B, and 1 is left.
+    """
+    rank = 2 * config.rank
+    return replace(config, rank=rank, alpha=rank if config.rslora else 2 * config.alpha, rslora=False)
+
+
+def tensors(model: nn.Module, scale: float) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names: ...q_proj.lora_A.weight (r, in), ...q_proj.lora_B.weight (out, r).
+
+    And ...q_proj.lora_magnitude_vector (out,) for DoRA. scale: what a reader will multiply B A with.
+    """
     named = {}
     for name, layer in lora_layers(model).items():
-        named[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach()
-        named[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach()
+        _, _, A, B = layer.weights()
+        named[f"{PREFIX}{name}.lora_A.weight"] = A.detach()
+        named[f"{PREFIX}{name}.lora_B.weight"] = B.detach() * (layer.scale / scale)  # 1 but for `converted` rsLoRA
+        if layer.lora_magnitude_vector is not None:
+            named[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector.detach()
     return named
 
 
 def save(folder: Path, model: nn.Module, config: AdapterConfig, metadata: Mapping[str, str]) -> None:
     """Write the adapter of a model: `write` with the tensors of its LoRALinear layers."""
-    write(folder, tensors(model), config, metadata)
+    write(folder, tensors(model, config.scale), config, metadata)
 
 
 def write(folder: Path, named: Mapping[str, Tensor], config: AdapterConfig, metadata: Mapping[str, str]) -> None:
@@ -92,7 +114,7 @@ def write(folder: Path, named: Mapping[str, Tensor], config: AdapterConfig, meta
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_rslora": config.rslora,
-        "use_dora": False,
+        "use_dora": config.dora,
     }
     with files.storage_errors(folder):
         folder.mkdir(exist_ok=True)
@@ -120,6 +142,7 @@ def read_config(folder: Path) -> AdapterConfig:
         and 0 <= raw.get("lora_dropout", 0.0) < 1,
         "target_modules": isinstance(targets, list) and bool(targets) and all(isinstance(t, str) for t in targets),
         "use_rslora": isinstance(raw.get("use_rslora", False), bool),
+        "use_dora": isinstance(raw.get("use_dora", False), bool),
         "base_model_name_or_path": isinstance(raw.get("base_model_name_or_path", ""), (str, type(None))),
     }
     wrong += [f"{key} = {reprlib.repr(raw.get(key))} is not usable" for key, good in checks.items() if not good]
@@ -132,7 +155,30 @@ def read_config(folder: Path) -> AdapterConfig:
         dropout=float(raw.get("lora_dropout", 0.0)),
         target_modules=tuple(sorted(set(targets or ()))),
         rslora=raw.get("use_rslora", False),
+        dora=raw.get("use_dora", False),
     )
+
+
+def keys_to_go_on(folder: Path) -> dict[str, Any]:
+    """The keys of TrainConfig that an adapter to go on training from brings: its shape, its base, its system prompt.
+
+    Raises AdapterError for one that cannot be represented here.
+    """
+    config = read_config(folder)
+    prompt = read_metadata(folder).get("system_prompt")
+    brought = {"model": config.base_model or None, "system_prompt": prompt}
+    return shape_keys(config) | {key: value for key, value in brought.items() if value is not None}
+
+
+def shape_keys(config: AdapterConfig) -> dict[str, Any]:
+    """The keys of TrainConfig that say what an adapter's tensors are and mean."""
+    return {
+        "lora_r": config.rank,
+        "lora_alpha": config.alpha,
+        "target_modules": config.target_modules,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+    }
 
 
 def _is_int(value: Any) -> bool:
@@ -165,25 +211,42 @@ def load(model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base
     another base (unless allow_other_base); the model is unchanged then.
     """
     config, updates = read(model, folder, base_fingerprint, allow_other_base)
-    inject(model, config.target_modules, config.rank, config.alpha, config.dropout, config.rslora)
-    with torch.no_grad():
-        for name, layer in lora_layers(model).items():
-            layer.lora_A.copy_(updates[f"{name}.weight"].A)
-            layer.lora_B.copy_(updates[f"{name}.weight"].B)
+    inject(model, config.target_modules, config.rank, config.alpha, config.dropout, config.rslora, dora=config.dora)
+    fill(model, updates)
     return config
+
+
+@torch.no_grad()
+def fill(model: nn.Module, updates: Mapping[str, "Update"]) -> None:
+    """Give the LoRALinear layers of a model the values that `read` has found for them."""
+    for name, layer in lora_layers(model).items():
+        update = updates[f"{name}.weight"]
+        layer.lora_A.copy_(update.A)
+        layer.lora_B.copy_(update.B)
+        if layer.lora_magnitude_vector is not None and update.magnitude is not None:
+            layer.lora_magnitude_vector.copy_(update.magnitude)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to one weight: scale * B A, with A (rank, in) and B (out, rank) in fp32."""
+    """What an adapter makes of one weight: A (rank, in), B (out, rank) and DoRA's magnitudes (out,), all in fp32."""
 
     A: Tensor
     B: Tensor
     scale: float
+    magnitude: Tensor | None = None
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """W0 + scale * B A in fp32, with DoRA each row of that length. (out, in)"""
+        summed = weight.to(torch.float32, copy=True).addmm_(self.B, self.A, alpha=self.scale)
+        if self.magnitude is None:
+            return summed
+        length = torch.linalg.vector_norm(summed, dim=1, keepdim=True).clamp_min_(torch.finfo(summed.dtype).tiny)
+        return summed.mul_(self.magnitude[:, None] / length)
 
 
 def read(
-    model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base: bool = False
+    model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base: bool | None = False
 ) -> tuple[AdapterConfig, dict[str, Update]]:
     """(settings, updates by the weight's name) of an adapter for this base, on which others may be; changes nothing.
 
@@ -200,14 +263,14 @@ def read(
     return config, read_updates(folder, config, shapes)
 
 
-def check_base(folder: Path, config: AdapterConfig, base_fingerprint: str, allow_other_base: bool) -> None:
-    """Raise AdapterError when the adapter says that it was trained on another base."""
+def check_base(folder: Path, config: AdapterConfig, base_fingerprint: str, allow_other_base: bool | None) -> None:
+    """Raise AdapterError when the adapter says that it was trained on another base; None: there is no flag for that."""
     trained_on = read_metadata(folder).get("base_fingerprint", base_fingerprint)
     if trained_on != base_fingerprint and not allow_other_base:
+        way_out = "" if allow_other_base is None else ", or --allow_other_base to load it all the same"
         raise AdapterError(
             f"{folder} was trained on another base: its fingerprint is {trained_on[:12]}, this model's is "
-            f"{base_fingerprint[:12]} (trained on {config.base_model!r}). Give that base as --model, or "
-            "--allow_other_base to load it all the same."
+            f"{base_fingerprint[:12]} (trained on {config.base_model!r}). Give that base as --model{way_out}."
         )
 
 
@@ -226,6 +289,8 @@ def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple
         out_features, in_features = shapes[f"{name}.weight"]
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, in_features)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (out_features, config.rank)
+        if config.dora:
+            expected[f"{PREFIX}{name}.lora_magnitude_vector"] = (out_features,)
     if not targets:
         raise AdapterError(
             f"{folder / CONFIG}: target_modules {list(config.target_modules)} match nothing in this model"
@@ -236,10 +301,13 @@ def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple
         raise AdapterError(f"{folder / WEIGHTS}: {error}") from error
     if broken := [name for name, tensor in loaded.items() if not torch.isfinite(tensor).all()]:
         raise AdapterError(f"{folder / WEIGHTS}: not finite: {broken[0]} and {len(broken) - 1} more")
-    scale = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+    loaded = {name.removeprefix(PREFIX): tensor.float() for name, tensor in loaded.items()}
     return {
         f"{name}.weight": Update(
-            loaded[f"{PREFIX}{name}.lora_A.weight"].float(), loaded[f"{PREFIX}{name}.lora_B.weight"].float(), scale
+            loaded[f"{name}.lora_A.weight"],
+            loaded[f"{name}.lora_B.weight"],
+            config.scale,
+            loaded.get(f"{name}.lora_magnitude_vector"),
         )
         for name in targets
     }

@@ -16,17 +16,17 @@ from minilora.model import fingerprint
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter in memory: its settings, the system prompt it was trained with, and A, B, scale by layer name."""
+    """An adapter in memory: its settings, its system prompt, and A, B, scale and DoRA's magnitudes by layer name."""
 
     config: adapter.AdapterConfig
     system_prompt: str | None
-    values: dict[str, tuple[nn.Parameter, nn.Parameter, float]]
+    values: dict[str, tuple[nn.Parameter, nn.Parameter, float, nn.Parameter | None]]
 
 
 class Adapters:
     """The adapters of one base, of any ranks and targets, by name; one of them, or none, is active.
 
-    Switching gives the model's LoRALinear layers the A, B and scale of another adapter; a layer which that adapter does
+    Switching gives the model's LoRALinear layers the values of another adapter; a layer which that adapter does
     not change is disabled. They are for answering: `adapter.load` gives one to train on.
     """
 
@@ -56,7 +56,10 @@ class Adapters:
         for layer_name, layer in lora_layers(self.model).items():
             if update := updates.get(f"{layer_name}.weight"):
                 A, B = (nn.Parameter(part.to(layer.lora_A), requires_grad=False) for part in (update.A, update.B))
-                values[layer_name] = (A, B, update.scale)
+                magnitude = update.magnitude
+                if magnitude is not None:
+                    magnitude = nn.Parameter(magnitude.to(layer.lora_A), requires_grad=False)
+                values[layer_name] = (A, B, update.scale, magnitude)
         prompt = adapter.read_metadata(folder).get("system_prompt")
         self._loaded[name] = Loaded(config, prompt, values)
         self.use(name)
@@ -70,7 +73,7 @@ class Adapters:
         for layer_name, layer in lora_layers(self.model).items():
             layer.enabled = chosen is not None and layer_name in chosen.values
             if chosen is not None and layer.enabled:
-                layer.lora_A, layer.lora_B, layer.scale = chosen.values[layer_name]
+                layer.lora_A, layer.lora_B, layer.scale, layer.lora_magnitude_vector = chosen.values[layer_name]
         self.active = name
         return chosen
 

@@ -1,9 +1,11 @@
 """The examples of one optimizer step, cut into padding-free micro-batches; the collator.
 
-How a step is cut cannot change its gradient (DESIGN: the loss is the sum over all its tokens divided by their number),
+How a step is cut cannot change its gradient (the loss is the sum over all its tokens divided by their number),
 so the cut is free: it serves speed and memory only.
 """
 
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +15,8 @@ import torch
 
 from minilora.attention import Layout
 from minilora.data import IGNORE, Example
+
+MICRO_BATCH_TOKENS = {"cpu": 768, "cuda": 16384}  # of a CUDA device: less where that is predicted not to fit
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Batch:
         tensors = (self.input_ids, self.position_ids, self.rows, self.targets)
         ids, positions, rows, targets = (tensor.to(device, non_blocking=True) for tensor in tensors)
         return Batch(ids, positions, self.layout, rows, targets)
+
+    def unsupervised(self) -> "Batch":
+        """The same tokens, none of which counts: the loss is zero, and so is its gradient."""
+        return dataclasses.replace(self, rows=self.rows[:0], targets=self.targets[:0])
 
 
 def collate(examples: Sequence[Example], share_prefix: bool = False) -> Batch:
@@ -76,9 +84,14 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, share_prefix: bo
 
     What all the examples begin with counts once for each Batch where it is shared, not once for each example.
     """
-    shared = common_prefix(examples) if share_prefix else 0
-    for part in cut([len(example.input_ids) - 1 - shared for example in examples], max_tokens - shared):
+    for part in cut_examples(examples, max_tokens, share_prefix):
         yield collate([examples[i] for i in part], share_prefix)
+
+
+def cut_examples(examples: Sequence[Example], max_tokens: int, share_prefix: bool) -> list[list[int]]:
+    """Which examples stand together in each micro-batch, by their indices."""
+    shared = common_prefix(examples) if share_prefix else 0
+    return cut([len(example.input_ids) - 1 - shared for example in examples], max_tokens - shared)
 
 
 def cut(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
@@ -103,19 +116,68 @@ def cut(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]
     return bins
 
 
+def share(lengths: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
+    """Share the examples of a step out to so many processes, about the same number of tokens to each; their indices.
+
+    Longest first to the process that has least so far. A pure function of its arguments: each process computes it
+    alone. With fewer examples than processes some get none.
+    """
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for i in sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i)):
+        least = loads.index(min(loads))
+        shares[least].append(i)
+        loads[least] += int(lengths[i])
+    return [sorted(part) for part in shares]
+
+
 def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the examples in an epoch: a pure function of (seed, epoch). (num_examples,)"""
     return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
 @dataclass(frozen=True)
+class Part:
+    """A file in the mixture of an epoch: its examples are `rows` from index `first` on; an epoch takes `taken`."""
+
+    first: int
+    rows: int
+    taken: int
+
+
+def mixed(parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
+    """The examples that an epoch takes of each file: a pure function of (seed, epoch). (sum of taken,)
+
+    They are the next `taken` of a file's shuffles laid end to end, so that over the epochs none of its examples is
+    ahead of another by more than one.
+    """
+    chosen = []
+    for number, part in enumerate(parts):
+        places = np.arange(epoch * part.taken, (epoch + 1) * part.taken)
+        for again in range(places[0] // part.rows, places[-1] // part.rows + 1):
+            shuffle = np.random.default_rng([seed, again, number, 1]).permutation(part.rows)  # unlike [seed, epoch]
+            chosen.append(part.first + shuffle[places[places // part.rows == again] % part.rows])
+    return np.concatenate(chosen)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(parts: tuple[Part, ...], num_examples: int, seed: int, epoch: int) -> np.ndarray:
+    order = epoch_order(num_examples, seed, epoch)
+    return mixed(parts, seed, epoch)[order] if parts else order
+
+
+@dataclass(frozen=True)
 class Schedule:
-    """Which examples each optimizer step takes, computed from its number alone."""
+    """Which examples each optimizer step takes, computed from its number alone.
+
+    num_examples: those of an epoch; parts: the files that these are mixed of, empty where it takes each example once
+    """
 
     num_examples: int
     examples_per_step: int
     num_steps: int
     seed: int
+    parts: tuple[Part, ...] = ()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -125,7 +187,7 @@ class Schedule:
     def examples_of(self, step: int) -> np.ndarray:
         """Indices of the examples of a step (counted from 0)."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.num_examples, self.seed, epoch)
+        order = _order(self.parts, self.num_examples, self.seed, epoch)
         return order[place * self.examples_per_step : (place + 1) * self.examples_per_step]
 
     def ends_epoch(self, step: int) -> bool:
@@ -133,8 +195,16 @@ class Schedule:
         return (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.num_steps
 
 
-def make_schedule(num_examples: int, examples_per_step: int, num_epochs: float, max_steps: int, seed: int) -> Schedule:
-    """The schedule of a run; max_steps > 0 goes before num_epochs."""
+def make_schedule(
+    num_examples: int,
+    examples_per_step: int,
+    num_epochs: float,
+    max_steps: int,
+    seed: int,
+    parts: tuple[Part, ...] = (),
+) -> Schedule:
+    """The schedule of a run; max_steps > 0 goes before num_epochs, `parts` before num_examples."""
+    num_examples = sum(part.taken for part in parts) or num_examples
     steps_per_epoch = math.ceil(num_examples / examples_per_step)
     num_steps = max_steps or max(1, math.ceil(num_epochs * steps_per_epoch))
-    return Schedule(num_examples, examples_per_step, num_steps, seed)
+    return Schedule(num_examples, examples_per_step, num_steps, seed, parts)

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import reprlib
 import stat
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora import files
+from minilora.config import FIELDS
+from minilora.dist import collect, sharded_like
 from minilora.errors import CheckpointError, StorageError
 
 SCHEMA = 1
@@ -27,10 +30,14 @@ FREE_KEYS = frozenset(
     (
         *("model", "train_file", "eval_file"),  # their content is compared, not their place
         *("output_dir", "resume", "device", "on_bad_rows", "logging_steps", "eval_steps", "save_steps"),
-        *("save_total_limit", "num_train_epochs", "max_steps", "early_stopping_patience"),
-        *("max_tokens_per_micro_batch", "gradient_checkpointing", "packing", "share_prefix"),
+        *("save_total_limit", "num_train_epochs", "max_steps", "early_stopping_patience", "eval_samples", "report_to"),
+        *("max_tokens_per_micro_batch", "gradient_checkpointing", "packing", "share_prefix", "fsdp"),
     )
 )
+PER_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product with the processes counts
+DEFAULTS = {
+    name: list(field.default) if isinstance(field.default, tuple) else field.default for name, field in FIELDS.items()
+}
 
 
 @dataclass
@@ -62,16 +69,24 @@ class Identity:
     base_fingerprint: str
     dataset_sha256: str
     versions: dict[str, str]
+    world_size: int = 1  # processes; what a step takes is the same whatever their number
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """What has changed since `saved` was written, a line each; FREE_KEYS may."""
+        """What has changed since `saved` was written, a line each; FREE_KEYS may.
+
+        A key that is newer than `saved` was at its default then.
+        """
         before = saved.get("config")
-        before = before if isinstance(before, dict) else {}
+        before = DEFAULTS | (before if isinstance(before, dict) else {})
         changed = [
             f"{key}: was {reprlib.repr(before.get(key))}, is {value!r}"
             for key, value in self.config.items()
-            if key not in FREE_KEYS and before.get(key) != value
+            if key not in FREE_KEYS and key not in PER_STEP and before.get(key) != value
         ]
+        was_taken, were = per_step(before, saved.get("world_size", 1))
+        is_taken, are = per_step(self.config, self.world_size)
+        if were != are:
+            changed.append(f"examples a step: were {was_taken}, are {is_taken}{_how_to_take(were, self)}")
         for key, words in (("base_fingerprint", "the base model"), ("dataset_sha256", "the training data")):
             if saved.get(key) != getattr(self, key):
                 was, now = (f"{str(value)[:12]}…" for value in (saved.get(key), getattr(self, key)))
@@ -79,9 +94,36 @@ class Identity:
         return changed
 
 
+def per_step(config: Mapping[str, Any], world_size: Any) -> tuple[str, int]:
+    """The examples that a step takes, as a product in words and as a number; 0 where the settings are no numbers."""
+    factors = [*(config.get(key) for key in PER_STEP), world_size]
+    if not all(isinstance(factor, int) and 0 < factor < 2**31 for factor in factors):
+        return "unknown", 0
+    product = math.prod(factors)
+    processes = f" x {world_size} processes" if world_size > 1 else ""
+    return f"{factors[0]} x {factors[1]}{processes} = {product}", product
+
+
+def _how_to_take(examples: int, identity: Identity) -> str:
+    """The settings with which a step takes so many examples, for a message."""
+    size, each = identity.world_size, identity.config[PER_STEP[0]]
+    if not examples:
+        return ""
+    if examples % (size * each) == 0:
+        return f"; set --gradient_accumulation_steps {examples // (size * each)}"
+    if examples % size == 0:
+        return f"; set --per_device_train_batch_size {examples // size} --gradient_accumulation_steps 1"
+    return f"; {size} processes cannot share {examples} equally: take a number of them that divides it"
+
+
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name, in the model's order."""
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def starts(model: nn.Module) -> dict[str, Tensor]:
+    """What PiSSA's adapters began as, by name: frozen, but not to be had again to the bit on every machine."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith((".lora_A0", ".lora_B0"))}
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -97,15 +139,12 @@ def save(
     Later ones are damaged, or of a way that the run has been taken back from: they stay until the new way is on disk.
     """
     path = checkpoint_path(run, state.step)
-    params = trainable(model)
-    moments = {
-        f"{name}.{key}": value for name, param in params.items() for key, value in optimizer.state[param].items()
-    }
+    weights, moments = contents(model, optimizer)
     with files.storage_errors(path.parent):
         files.sweep(path.parent)
     with files.new_folder(path) as folder:
         records = {
-            WEIGHTS: files.write_file(folder / WEIGHTS, files.safetensors_chunks(params, {"format": "pt"})),
+            WEIGHTS: files.write_file(folder / WEIGHTS, files.safetensors_chunks(weights, {"format": "pt"})),
             MOMENTS: files.write_file(folder / MOMENTS, files.safetensors_chunks(moments, {"format": "pt"})),
             STATE: files.write_file(folder / STATE, files.json_chunks(dataclasses.asdict(state))),
         }
@@ -126,6 +165,21 @@ def save(
             if old != path:
                 files.remove_folder(old)
     return path
+
+
+def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(what is trained and what it began as, the optimizer's moments), by name, in the order of writing."""
+    params = trainable(model)
+    moments = {
+        f"{name}.{key}": value for name, param in params.items() for key, value in optimizer.state[param].items()
+    }
+    return params | starts(model), moments
+
+
+def take_part(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What the other processes do while one writes a checkpoint: give it their shards, in the order of `save`."""
+    for tensors in contents(model, optimizer):
+        collect(tensors.values())
 
 
 def _own_sha256(manifest: Mapping[str, Any]) -> str:
@@ -228,18 +282,22 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
             + "\n  ".join(changed)
             + "\nGo back to those settings, or start anew: --resume never with another --output_dir"
         )
-    params = trainable(model)
-    weights = _read_tensors(path / WEIGHTS, {name: tuple(param.shape) for name, param in params.items()})
+    params, frozen = trainable(model), starts(model)
+    kept = params | frozen
+    weights = _read_tensors(path / WEIGHTS, {name: tuple(tensor.shape) for name, tensor in kept.items()})
     shapes = {f"{name}.{key}": tuple(p.shape) for name, p in params.items() for key in ("exp_avg", "exp_avg_sq")}
     stepped = manifest["files"][MOMENTS]["size"] > EMPTY_SAFETENSORS_BYTES  # not when every step so far was skipped
     moments = _read_tensors(path / MOMENTS, shapes | {f"{name}.step": () for name in params} if stepped else {})
     state = _read_state(path / STATE)
     with torch.no_grad():
+        for name, buffer in frozen.items():
+            buffer.copy_(weights[name])
         for name, param in params.items():
-            param.copy_(weights[name])
+            param.copy_(sharded_like(param, weights[name]))
             if stepped:
                 keys = ("step", "exp_avg", "exp_avg_sq")
-                optimizer.state[param] = {key: moments[f"{name}.{key}"].to(param.device) for key in keys}
+                own = {key: moments[f"{name}.{key}"].to(param.device) for key in keys}
+                optimizer.state[param] = {key: sharded_like(param, value) for key, value in own.items()}
     return state
 
 

@@ -6,15 +6,17 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from minilora import __version__
-from minilora.config import FIELDS, TYPES, TrainConfig, choices, resolve
+from minilora.config import FIELDS, TYPES, TrainConfig, choices, read_source, resolve
 from minilora.errors import ConfigError, MiniloraError, printable
 
 PROG = "minilora"
+LAST_WORDS_S = 1.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,18 +65,24 @@ def run_parser(verb: str, description: str) -> Parser:
     """The flags that say what a run is: one for each field of TrainConfig."""
     parser = Parser(f"{PROG} {verb}", description)
     parser.add_argument(
-        "source", nargs="?", metavar="PRESET | FILE.toml", help="lora, full, demo, or a TOML file of keys"
+        "source", nargs="?", metavar="PRESET | FILE.toml", help="lora, quick, qlora, full, demo, or a TOML file of keys"
     )
-    for name, field in FIELDS.items():
-        default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
-        text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
-        shape: dict[str, Any] = {"metavar": "|".join(choices(name)) or None, "help": text, "default": argparse.SUPPRESS}
-        if TYPES[name] in (bool, bool | None):
-            shape |= {"nargs": "?", "const": "true", "metavar": "true|false"}
-        elif isinstance(field.default, tuple):
-            shape |= {"nargs": "+", "metavar": "NAME"}
-        parser.add_argument(f"--{name}", **shape)
+    for name in FIELDS:
+        add_key(parser, name)
     return parser
+
+
+def add_key(parser: Parser, name: str) -> None:
+    """The flag of a field of TrainConfig."""
+    field = FIELDS[name]
+    default = (" ".join(field.default) or "none") if isinstance(field.default, tuple) else field.default
+    text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+    shape: dict[str, Any] = {"metavar": "|".join(choices(name)) or None, "help": text, "default": argparse.SUPPRESS}
+    if TYPES[name] in (bool, bool | None):
+        shape |= {"nargs": "?", "const": "true", "metavar": "true|false"}
+    elif TYPES[name] == tuple[str, ...]:
+        shape |= {"nargs": "+", "metavar": "NAME"}
+    parser.add_argument(f"--{name}", **shape)
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -92,13 +100,22 @@ def train_command(argv: Sequence[str]) -> int:
 
 
 def config_of(source: str | None, flags: dict[str, Any]) -> TrainConfig:
-    """The settings that a preset or file and flags make: over those of the run to resume, or over preset lora's."""
+    """The settings that a preset or file and flags make: over those of the run to resume, or over preset lora's.
+
+    Those of an adapter to go on from are its own where they are not given.
+    """
     base = None
     if flags.get("resume") not in (None, "auto", "never"):
         from minilora.rundir import saved_config
 
         base = saved_config(Path(os.path.expanduser(flags["resume"])))
-    return resolve(source or ("lora" if base is None else None), flags, base)
+    folder = flags.get("adapter") or (read_source(source).get("adapter") if source else None)
+    begun = None
+    if isinstance(folder, str) and folder.lower() != "none":
+        from minilora.adapter import keys_to_go_on
+
+        begun = keys_to_go_on(Path(os.path.expanduser(folder)))
+    return resolve(source or ("lora" if base is None else None), flags, base, begun)
 
 
 def plan_command(argv: Sequence[str]) -> int:
@@ -117,6 +134,28 @@ def plan_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def tune_command(argv: Sequence[str]) -> int:
+    """minilora tune"""
+    parser = run_parser(
+        "tune",
+        "Search for the learning rate: a few steps at several rates on rows of your own, one table, one suggestion. "
+        "Nothing of it is kept.",
+    )
+    text = "try all of these (default: --learning_rate, then from 1e-3 by half decades to where the loss is lowest)"
+    parser.add_argument("--rates", nargs="+", type=float, default=[], metavar="RATE", help=text)
+    parser.add_argument("--steps", type=int, default=3, help="optimizer steps at each rate (default: 3)")
+    parser.add_argument("--rows", type=int, default=4, help="rows of a step (default: 4)")
+    parser.add_argument("--held_out", type=int, default=8, help="rows by which a rate is judged (default: 8)")
+    args = vars(parser.parse(argv))
+    source, *asked = (args.pop(name) for name in ("source", "rates", "steps", "rows", "held_out"))
+    config = config_of(source, args)
+
+    from minilora.tune import Search, tune
+
+    tune(config, Search(tuple(sorted(set(asked[0]))), *asked[1:]))
+    return 0
+
+
 def source_of_bare_call() -> str:
     """lora where its model is at hand or the hub answers within seconds, else demo, said in the first lines."""
     from minilora.model import cached_model, hub_answers
@@ -127,9 +166,10 @@ def source_of_bare_call() -> str:
     why = hub_answers(name)
     if not why:
         return "lora"
-    print(f"{name} is not in the local cache, and {why}.")
-    print("So this trains the small built-in demo model instead. To train a real one:")
-    print("    python train.py --model FOLDER_OR_HUB_NAME --train_file data/train.jsonl", flush=True)
+    if speaks():
+        print(f"{name} is not in the local cache, and {why}.")
+        print("So this trains the small built-in demo model instead. To train a real one:")
+        print("    python train.py --model FOLDER_OR_HUB_NAME --train_file data/train.jsonl", flush=True)
     return "demo"
 
 
@@ -182,6 +222,16 @@ def load_from(args: argparse.Namespace) -> Any:
     from minilora.generate import load_speaker
 
     return load_speaker(args.model, args.adapter, args.dtype, args.device, args.system_prompt, args.allow_other_base)
+
+
+def file_to_write(flag: str, given: str | None) -> Path | None:
+    """The file that a flag names, if it is given. Raises ConfigError when none can be written there."""
+    if given is None:
+        return None
+    path = Path(os.path.expanduser(given))
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"--{flag} {path}: it is a folder, or there is none to write it to")
+    return path
 
 
 def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
@@ -276,9 +326,7 @@ def eval_command(argv: Sequence[str]) -> int:
 
     from minilora.evaluate import Request, evaluate, save, table
 
-    output = Path(args.json) if args.json else None
-    if output is not None and (output.is_dir() or not output.parent.is_dir()):
-        raise ConfigError(f"--json {output}: it is a folder, or there is none to write it to")
+    output = file_to_write("json", args.json)
     asked = {key: value for key, value in vars(args).items() if key != "json"}
     found = evaluate(Request(**asked))
     print(table(found))
@@ -357,15 +405,112 @@ def verify_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def inspect_command(argv: Sequence[str]) -> int:
+    """minilora inspect"""
+    parser = Parser(
+        f"{PROG} inspect",
+        "Follow a text through a model: tokens, ids, embeddings, logits, the likeliest next tokens; with an adapter, "
+        "base and adapter side by side.",
+    )
+    model_flags(parser)
+    parser.add_argument("text", metavar="TEXT", help="what to look at; after -- it may begin with a dash")
+    raw = "the text alone, as the tokenizer cuts it; else it is asked in chat markup, up to where the answer begins"
+    parser.add_argument("--raw", action="store_true", help=raw)
+    parser.add_argument("--top_k", type=int, default=10, help="next tokens to show of each model (default: 10)")
+    parser.add_argument("--html", metavar="F", help="write a page there too")
+    parser.add_argument("--json", metavar="F", help="write it there for programs too")
+    args = parser.parse(argv)
+    at_least(args, 1, "top_k")
+    if args.raw and args.system_prompt is not None:
+        raise ConfigError("--raw takes the text alone: leave --system_prompt out")
+    html, json = file_to_write("html", args.html), file_to_write("json", args.json)
+    speaker = load_from(args)
+
+    from minilora import look
+
+    found = look.inspect(speaker, args.text, args.raw, args.top_k)
+    look.show(found)
+    if html is not None:
+        look.save_page(found, args.adapter or args.model, html)
+    if json is not None:
+        look.save_json(found, json)
+    return 0
+
+
+def preview_command(argv: Sequence[str]) -> int:
+    """minilora preview"""
+    parser = Parser(
+        f"{PROG} preview", "Show rows as the model will see them, what is learned marked, and what the file holds."
+    )
+    parser.add_argument("file", metavar="FILE", help="JSONL, rows as for training")
+    keys = ("model", "system_prompt", "max_length", "overlong", "train_on_prompt")
+    for name in keys:
+        add_key(parser, name)
+    parser.add_argument("--rows", type=int, default=3, help="rows to show (default: 3)")
+    parser.add_argument("--from_line", type=int, default=1, help="of the file, where to begin (default: 1)")
+    parser.add_argument("--html", metavar="F", help="write a page there too")
+    args = parser.parse(argv)
+    at_least(args, 0, "rows")
+    at_least(args, 1, "from_line")
+    html = file_to_write("html", args.html)
+    config = config_of(None, {name: value for name, value in vars(args).items() if name in keys})
+
+    from minilora import preview
+
+    found = preview.preview(os.path.expanduser(args.file), config, args.rows, args.from_line)
+    preview.show(found)
+    if html is not None:
+        preview.save_page(found, html)
+    return 0
+
+
+def doctor_command(argv: Sequence[str]) -> int:
+    """minilora doctor"""
+    parser = Parser(
+        f"{PROG} doctor", "Is everything there that a run needs? Exit code 0 when it is, else 1; failures have a fix."
+    )
+    parser.add_argument("--model", metavar="NAME", help="hub name or folder: its tokenizer and files are examined too")
+    parser.add_argument("--output_dir", metavar="DIR", default="runs", help="where runs are to go (default: runs)")
+    args = parser.parse(argv)
+
+    from minilora.doctor import Asked, doctor
+
+    return doctor(Asked(args.model, args.output_dir))
+
+
+def report_command(argv: Sequence[str]) -> int:
+    """minilora report"""
+    parser = Parser(f"{PROG} report", "Write a page about a run, or about several side by side; it needs no network.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    where = "where the page goes (default: report.html, in the run's folder or, for several runs, here)"
+    parser.add_argument("--html", metavar="F", help=where)
+    args = parser.parse(argv)
+    folders = [Path(os.path.expanduser(run)) for run in args.runs]
+    html = file_to_write("html", args.html)
+
+    from minilora import report
+
+    if html is None:
+        html = (folders[0] if len(folders) == 1 else Path()) / report.REPORT
+    report.write(folders, html)
+    print(f"written: {html}")
+    return 0
+
+
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_command, "fine-tune a model"),
     "plan": (plan_command, "say what memory a run will need"),
+    "tune": (tune_command, "search for the learning rate, in a few steps"),
     "eval": (eval_command, "score a model on a file of examples"),
     "generate": (generate_command, "answer prompts"),
     "chat": (chat_command, "talk to a model"),
     "merge": (merge_command, "fold an adapter into its base"),
     "export": (export_command, "write an adapter for other programs"),
     "verify": (verify_command, "check that an adapter is what it says"),
+    "inspect": (inspect_command, "follow a text through a model, to the next token"),
+    "preview": (preview_command, "show rows as the model will see them, and what a file holds"),
+    "doctor": (doctor_command, "check that everything is there that a run needs"),
+    "report": (report_command, "write a page about a run, or several side by side"),
 }
 
 
@@ -384,7 +529,23 @@ def run(argv: Sequence[str]) -> int:
         close = difflib.get_close_matches(argv[0], VERBS, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ConfigError(f"there is no verb {argv[0]!r} ({', '.join(VERBS)}).{hint}")
+    if argv[0] != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(f"only train runs in several processes: start {PROG} {argv[0]} without torchrun")
     return VERBS[argv[0]][0](argv[1:])
+
+
+def speaks(error: BaseException | None = None) -> bool:
+    """Whether this process tells it: of those that a launcher starts on a machine, one tells what all have met."""
+    return getattr(error, "alone", False) or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def tell(error: BaseException, text: str) -> None:
+    """Print an error, if this process is the one to do so; if not, leave that one the time."""
+    if speaks(error):
+        who = f"{PROG}, process {os.environ['RANK']}" if getattr(error, "alone", False) else PROG
+        print(f"{who}: {text}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(LAST_WORDS_S)  # torchrun ends all processes when the first one fails
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -398,10 +559,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MiniloraError as error:
         if debug:
             raise
-        print(f"{PROG}: {printable(str(error))}", file=sys.stderr)
+        tell(error, printable(str(error)))
         return error.exit_code
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        tell(error, "interrupted")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -410,8 +571,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         if isinstance(error, (OSError, MemoryError)):
-            print(f"{PROG}: {printable(str(error))}", file=sys.stderr)
+            tell(error, printable(str(error)))
         else:
             what = printable(f"{type(error).__name__}: {error}")
-            print(f"{PROG}: a mistake of ours: {what}. --debug shows where.", file=sys.stderr)
+            tell(error, f"a mistake of ours: {what}. --debug shows where.")
         return 4 if isinstance(error, MemoryError) else 1

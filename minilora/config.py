@@ -21,7 +21,10 @@ MAX_TOML_BYTES = 2**20
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 120
 PRESET_DIR = Path(__file__).parent / "presets"
-PATHS = ("model", "train_file", "eval_file", "output_dir", "resume")
+PATHS = ("model", "train_file", "eval_file", "output_dir", "resume", "adapter")
+LORA_ONLY = (
+    *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio", "adapter", "load_in_4bit", "load_in_8bit"),
+)
 TARGET_GROUPS = {
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "down_proj"),
@@ -40,7 +43,11 @@ class TrainConfig:
 
     # what is trained on what
     model: str = _key("Qwen/Qwen2-0.5B-Instruct", "hub name or folder of the base model")
-    train_file: str = _key("data/train.jsonl", "JSONL file of examples")
+    train_file: str | tuple[str, ...] = _key("data/train.jsonl", "JSONL file of examples; several, separated by commas")
+    train_weights: tuple[float, ...] = _key(
+        (), "how often an epoch takes the rows of each train_file, as 2,1 or 0.5; empty: once", gt=0, le=1000
+    )
+    deduplicate: bool = _key(False, "leave out rows of train_file that repeat an earlier one, to the token")
     eval_file: str | None = _key(None, "JSONL file for evaluation")
     val_size: float = _key(0.0, "share of train_file set aside for evaluation, when there is no eval_file", ge=0, lt=1)
     output_dir: str | None = _key(None, "the run's folder; default: a new one under runs/")
@@ -54,6 +61,14 @@ class TrainConfig:
     lora_dropout: float = _key(0.05, "dropout on the input of the low-rank path", ge=0, lt=1)
     target_modules: tuple[str, ...] = _key(TARGET_GROUPS["attn"], "linear layers to adapt: names, or attn | mlp | all")
     use_rslora: bool = _key(False, "scale by alpha / sqrt(r) (arXiv:2312.03732)")
+    use_dora: bool = _key(False, "train the length of each row of the weight, too (arXiv:2402.09353): slower")
+    init_lora_weights: Literal["kaiming", "pissa"] = _key(
+        "kaiming", "where A and B begin; pissa: at the weight's largest directions (arXiv:2404.02948)"
+    )
+    loraplus_lr_ratio: float = _key(1.0, "LoRA+ (arXiv:2402.12354): B's learning rate over A's", gt=0, le=1e4)
+    adapter: str | None = _key(None, "adapter folder to go on training from, with its r, alpha, targets and flavour")
+    load_in_4bit: bool = _key(False, "hold the frozen base in 4 bits (nf4, extra `quant`): smaller, slower, less exact")
+    load_in_8bit: bool = _key(False, "hold the frozen base in 8 bits (LLM.int8, extra `quant`)")
     # optimization
     per_device_train_batch_size: int = _key(4, "examples a device takes per accumulation", ge=1)
     gradient_accumulation_steps: int = _key(8, "accumulations per optimizer step", ge=1)
@@ -65,6 +80,9 @@ class TrainConfig:
     weight_decay: float = _key(0.01, "AdamW's decoupled decay (not for biases and norms)", ge=0)
     max_grad_norm: float = _key(0.1, "clip the gradient to this norm; 0: never", ge=0)
     early_stopping_patience: int = _key(0, "stop after so many evaluations without a new best; 0: never", ge=0)
+    neftune_noise_alpha: float = _key(
+        0.0, "noise on the embeddings in training, up to this / sqrt(tokens x hidden) (arXiv:2310.05914); 0: none", ge=0
+    )
     # data
     max_length: int = _key(1024, "tokens of an example beyond which `overlong` applies", ge=2)
     overlong: Literal["truncate", "drop", "error"] = _key("truncate", "what happens to longer examples")
@@ -80,20 +98,33 @@ class TrainConfig:
     gradient_checkpointing: bool | None = _key(
         None, "recompute activations in the backward pass: slower, smaller; unset: where nothing fits without"
     )
+    fsdp: bool = _key(False, "a part of every layer to each process of torchrun, where the base fits no card (FSDP2)")
     dtype: Literal["auto", "bfloat16", "float32"] = _key(
         "auto", "of the base; auto: bfloat16 where the hardware has it"
     )
     device: str = _key("auto", "auto | cpu | cuda | cuda:N")
     seed: int = _key(42, "of order, initialisation and dropout", ge=0, le=2**63 - 1)
     # what is said and kept
+    report_to: Literal["none", "tensorboard"] = _key("none", "also write curves for TensorBoard (extra `tensorboard`)")
     logging_steps: int = _key(10, "steps between two lines of the log", ge=1)
     eval_steps: int = _key(0, "steps between two evaluations; 0: at each epoch's end", ge=0)
+    eval_samples: int = _key(0, "prompts of the evaluation set that are answered at each evaluation", ge=0, le=1000)
     save_steps: int = _key(0, "steps between two checkpoints; 0: at each epoch's end", ge=0)
     save_total_limit: int = _key(2, "checkpoints kept; 0: all", ge=0)
 
     def __post_init__(self) -> None:
         if found := problems(self):
             raise ConfigError("\n".join(found))
+
+    @property
+    def train_files(self) -> tuple[str, ...]:
+        """The files of train_file, be it one or several."""
+        return (self.train_file,) if isinstance(self.train_file, str) else self.train_file
+
+    @property
+    def base_bits(self) -> int:
+        """Bits in which the base's linear layers are held; 0: those of its dtype."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 0
 
     @property
     def examples_per_step(self) -> int:
@@ -122,21 +153,58 @@ def problems(config: TrainConfig) -> list[str]:
             found.append(f"{name} = {value} must be a finite number.")
             continue
         for limit, (words, holds) in BOUNDS.items():
-            if limit in field.metadata and not holds(value, field.metadata[limit]):
+            each = value if isinstance(value, tuple) else (value,)
+            if limit in field.metadata and not all(holds(number, field.metadata[limit]) for number in each):
                 found.append(f"{name} = {value} must be {words} {field.metadata[limit]}.")
     for name in PATHS:
         value = getattr(config, name)
-        if value is not None and (not value.strip() or "\0" in value):
-            found.append(f"{name} = {value!r} names nothing: {FIELDS[name].metadata['help']}.")
+        for path in (value or ("",)) if isinstance(value, tuple) else (value,):
+            if path is not None and (not path.strip() or "\0" in path):
+                found.append(f"{name} = {path!r} names nothing: {FIELDS[name].metadata['help']}.")
+    files, weights = config.train_files, config.train_weights
+    if twice := [path for path in dict.fromkeys(files) if files.count(path) > 1]:
+        found.append(f"train_file names {twice[0]} twice: give it a weight of 2, see train_weights.")
+    if weights and len(weights) != len(files):
+        found.append(f"train_weights has {len(weights)} numbers, train_file {len(files)} names: give one for each.")
     if config.eval_file and config.val_size:
         found.append("eval_file and val_size are two ways to evaluate: give one of them.")
     if not re.fullmatch(DEVICE, config.device):
         found.append(f"device = {config.device!r} is not one of auto, cpu, cuda, cuda:N.")
     if config.early_stopping_patience and not (config.eval_file or config.val_size):
         found.append("early_stopping_patience needs evaluations: give eval_file or val_size.")
+    found += flavour_problems(config)
+    if config.eval_samples and not (config.eval_file or config.val_size):
+        found.append("eval_samples needs evaluations: give eval_file or val_size.")
+    if config.fsdp and config.eval_samples:
+        found.append("eval_samples and fsdp: a base in parts gives no answers; leave one of them out.")
+    if config.fsdp and config.method == "full" and config.neftune_noise_alpha:
+        found.append("neftune_noise_alpha and fsdp with method = full: the embedding is in parts; leave one out.")
     if not config.target_modules:
         found.append("target_modules is empty: name linear layers, or attn | mlp | all.")
     return found
+
+
+def flavour_problems(config: TrainConfig) -> list[str]:
+    """Flavours of LoRA that do not go with the rest, one line each."""
+    found = []
+    if config.method == "full":
+        given = [name for name in LORA_ONLY if getattr(config, name) != FIELDS[name].default]
+        found += [f"{name} = {getattr(config, name)!r} needs method = lora: full has no adapter." for name in given]
+    if config.load_in_4bit and config.load_in_8bit:
+        found.append("load_in_4bit and load_in_8bit are two forms of one base: give one of them.")
+    if config.base_bits:
+        bits, barred = f"load_in_{config.base_bits}bit", ("use_dora", "init_lora_weights", "fsdp")
+        given = [name for name in barred if getattr(config, name) != FIELDS[name].default]
+        found += [f"{bits} and {name} do not go together: leave one of them out." for name in given]
+    if config.adapter is not None and config.init_lora_weights != "kaiming":
+        found.append(f"init_lora_weights = {config.init_lora_weights!r}: with adapter, A and B begin as its own.")
+    return found
+
+
+def with_method(config: TrainConfig, method: Literal["lora", "full"]) -> TrainConfig:
+    """The same settings for another method, without the keys that it does not have."""
+    unused: dict[str, Any] = {name: FIELDS[name].default for name in LORA_ONLY} if method == "full" else {}
+    return dataclasses.replace(config, method=method, **unused)
 
 
 def choices(name: str) -> tuple[str, ...]:
@@ -150,21 +218,32 @@ def nearest(given: str, possible: Sequence[str] | Mapping[str, Any]) -> str:
     return f" Did you mean {close[0]}?" if close else ""
 
 
-def resolve(source: str | None, flags: Mapping[str, Any], base: Mapping[str, Any] | None = None) -> TrainConfig:
+def resolve(
+    source: str | None,
+    flags: Mapping[str, Any],
+    base: Mapping[str, Any] | None = None,
+    begun: Mapping[str, Any] | None = None,
+) -> TrainConfig:
     """Defaults, then `base` (a run's saved config), then the preset or TOML file `source`, then `flags`.
 
-    An eval_file belongs to the train_file it was named with: a layer with another train_file or a val_size drops it.
+    begun: the keys of the adapter to go on from: over a preset's, which knows only of new ones, under all others.
+    An eval_file belongs to the train_file it was named with: a layer with another train_file or a val_size drops it;
+    so do train_weights.
     Raises ConfigError with every problem of every layer, one a line.
     """
     layers = [("the run's config.json", dict(base or {}))]
     if source is not None:
         layers.append((source, read_source(source)))
+    if begun is not None:
+        layers.insert(len(layers) - (source or "").endswith(".toml"), ("the adapter", dict(begun)))
     layers.append(("the command line", dict(flags)))
     values: dict[str, Any] = {}
     found: list[str] = []
     for where, layer in layers:
         if ("train_file" in layer or "val_size" in layer) and "eval_file" not in layer:
             values.pop("eval_file", None)
+        if "train_file" in layer and "train_weights" not in layer:
+            values.pop("train_weights", None)
         for name, given in layer.items():
             if name not in FIELDS:
                 found.append(f"{where}: there is no key {SHORT.repr(name)}.{nearest(name[:99], FIELDS)}")
@@ -218,6 +297,10 @@ def coerce(name: str, given: Any) -> Any:
     hint = TYPES[name]
     if hint == tuple[str, ...]:
         return expand_targets([given] if isinstance(given, str) else given)
+    if hint == tuple[float, ...]:
+        return as_numbers(given)
+    if hint == str | tuple[str, ...]:
+        return as_paths(given)
     if hint == str | None:
         if given is None or (isinstance(given, str) and given.lower() == "none"):
             return None
@@ -229,16 +312,40 @@ def coerce(name: str, given: Any) -> Any:
             return given.lower() == "true"
         raise ValueError("is not true or false")
     if hint in (int, float):
-        try:
-            number = hint(given)
-            if not isinstance(given, bool) and (number == given or isinstance(given, str)):
-                return number
-        except (TypeError, ValueError, OverflowError):
-            pass
-        raise ValueError(f"is not {'a whole number' if hint is int else 'a number'}")
+        return as_number(hint, given)
     if not isinstance(given, str):
         raise ValueError("is not a text")
     return os.path.expanduser(given) if name in PATHS else given  # the shell leaves --key=~/x as it is
+
+
+def as_number(kind: type[int] | type[float], given: Any) -> int | float:
+    """A number from a number or a text. Raises ValueError."""
+    try:
+        found = kind(given)
+        if not isinstance(given, bool) and (found == given or isinstance(given, str)):
+            return found
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"is not {'a whole number' if kind is int else 'a number'}")
+
+
+def as_numbers(given: Any) -> tuple[float, ...]:
+    """Numbers from a list, or from a text in which commas separate them. Raises ValueError."""
+    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else [given]
+    return tuple(as_number(float, part) for part in parts if not isinstance(part, str) or part.strip())
+
+
+def as_paths(given: Any) -> str | tuple[str, ...]:
+    """A path, or several: a list, or a text in which commas separate them; a file with a comma in its name is one."""
+    parts = [given]
+    if isinstance(given, str) and "," in given and not os.path.lexists(os.path.expanduser(given)):
+        parts = [part.strip() for part in given.split(",")]
+    elif isinstance(given, (list, tuple)):
+        parts = list(given)
+    if not parts or not all(isinstance(part, str) for part in parts):
+        raise ValueError("is not a text")
+    found = tuple(os.path.expanduser(part) for part in parts)  # the shell leaves --key=~/x as it is
+    return found[0] if len(found) == 1 else found
 
 
 def expand_targets(names: Any) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """JSONL rows become examples: token ids with a mask that is known by construction, because we write the markup."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -51,6 +52,13 @@ class Row:
     turns: tuple[Turn, ...]
 
 
+class Question(NamedTuple):
+    """A conversation up to the last answer of a row, and that answer."""
+
+    turns: tuple[Turn, ...]
+    reference: str
+
+
 @dataclass(frozen=True)
 class Example:
     """One training example.
@@ -78,22 +86,27 @@ class DataReport:
     truncated: int = 0  # of those kept
     dropped_overlong: int = 0
     dropped_unsupervised: int = 0  # nothing left to learn after truncation
+    dropped_repeats: int = 0  # the same as an earlier one, to the token
     lengths: dict[str, int] = field(default_factory=dict)  # p50, p95, max, in tokens
     tokens: int = 0
     supervised_tokens: int = 0
+    notes: list[str] = field(default_factory=list)  # what else is to be said of it
 
 
 @dataclass(frozen=True)
 class Dataset(Sequence[Example]):
-    """Examples end to end in flat arrays, so that a million rows are four arrays and not a million objects.
+    """Examples end to end in flat arrays, so that a million rows are five arrays and not a million objects.
 
-    input_ids: (total,) int32; supervised: (total,) bool; offsets: (examples + 1,) int64; lines: (examples,) int64
+    input_ids: (total,) int32; supervised: (total,) bool; offsets: (examples + 1,) int64; lines: (examples,) int64;
+    sources: (examples,) int32, which of `files` an example's line is of
     """
 
     input_ids: np.ndarray
     supervised: np.ndarray
     offsets: np.ndarray
     lines: np.ndarray
+    sources: np.ndarray
+    files: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -113,10 +126,29 @@ class Dataset(Sequence[Example]):
         pieces = [(int(self.offsets[i]), int(self.offsets[i + 1])) for i in indices]
         ids = [self.input_ids[a:b] for a, b in pieces]
         supervised = [self.supervised[a:b] for a, b in pieces]
-        return _flat(ids, supervised, [int(self.lines[i]) for i in indices])
+        found = _flat(ids, supervised, [int(self.lines[i]) for i in indices])
+        return dataclasses.replace(found, sources=self.sources[np.asarray(indices, np.int64)], files=self.files)
+
+    def keys(self) -> np.ndarray:
+        """A hash of each example's tokens and mask: two that are the same have the same. (examples,) uint64"""
+        found = np.empty(len(self), np.uint64)
+        for i, (start, end) in enumerate(itertools.pairwise(self.offsets.tolist())):
+            content = self.input_ids[start:end].tobytes() + self.supervised[start:end].tobytes()
+            found[i] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+        return found
+
+    def places(self, indices: np.ndarray) -> str:
+        """The lines of these examples in words, by file where there are several."""
+        by_file = {
+            file: sorted(self.lines[indices][self.sources[indices] == number].tolist())
+            for number, file in enumerate(self.files)
+        }
+        if len(by_file) == 1:
+            return f"lines {by_file[self.files[0]]}"
+        return "; ".join(f"{file}, lines {lines}" for file, lines in by_file.items() if lines)
 
 
-def _flat(ids: list[np.ndarray], supervised: list[np.ndarray], lines: list[int]) -> Dataset:
+def _flat(ids: list[np.ndarray], supervised: list[np.ndarray], lines: list[int], file: str = "") -> Dataset:
     offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in ids])]).astype(np.int64)
     empty = [np.zeros(0, np.int32)]
     return Dataset(
@@ -124,6 +156,24 @@ def _flat(ids: list[np.ndarray], supervised: list[np.ndarray], lines: list[int])
         np.concatenate(supervised or empty).astype(bool),
         offsets,
         np.asarray(lines, np.int64),
+        np.zeros(len(lines), np.int32),
+        (file,),
+    )
+
+
+def join(parts: Sequence[Dataset]) -> Dataset:
+    """The examples of one data set after those of the other."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0, *(len(part.input_ids) for part in parts)])
+    files = np.cumsum([0, *(len(part.files) for part in parts)])
+    return Dataset(
+        np.concatenate([part.input_ids for part in parts]),
+        np.concatenate([part.supervised for part in parts]),
+        np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts, strict=False))]),
+        np.concatenate([part.lines for part in parts]),
+        np.concatenate([part.sources + int(first) for part, first in zip(parts, files, strict=False)]),
+        tuple(file for part in parts for file in part.files),
     )
 
 
@@ -338,6 +388,14 @@ def _whole_file_mistake(report: DataReport, first: bytes) -> str:
     return ""
 
 
+def question_of(row: Row) -> Question | None:
+    """What a row asks last and the answer to it; None where nobody asks."""
+    last = max(i for i, turn in enumerate(row.turns) if turn.role == "assistant")
+    if last == 0 or row.turns[last - 1].role != "user":
+        return None
+    return Question(row.turns[:last], row.turns[last].content)
+
+
 # ---------------------------------------------------------------------------------------- rows -> tokens
 
 
@@ -476,12 +534,17 @@ def tokenize(
         raise DataError("\n".join([*overlong_lines[:MAX_PROBLEMS_SHOWN], f"{len(overlong_lines):,} rows. {hint}"]))
     if not lines:
         raise DataError(f"{report.file}: no example is left with max_length {max_length:,}; raise it.")
-    dataset = _flat(ids_kept, supervised_kept, lines)
+    dataset = _flat(ids_kept, supervised_kept, lines, report.file)
+    describe(dataset, report)
+    return dataset
+
+
+def describe(dataset: Dataset, report: DataReport) -> None:
+    """Put the figures of the examples that are kept into the report."""
     report.kept, report.tokens = len(dataset), int(dataset.offsets[-1])
     report.supervised_tokens = int(dataset.supervised.sum())
-    p50, p95, top = np.percentile(dataset.lengths, [50, 95, 100], method="higher")
+    p50, p95, top = np.percentile(dataset.lengths, [50, 95, 100], method="higher") if len(dataset) else (0, 0, 0)
     report.lengths = {"p50": int(p50), "p95": int(p95), "max": int(top)}
-    return dataset
 
 
 def _up_to_last_supervised(ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -43,6 +43,12 @@ class OutOfMemoryError(MiniloraError, MemoryError):
     exit_code = 4
 
 
+class RankError(MiniloraError, RuntimeError):
+    """Another process of the run has failed, or is gone."""
+
+    exit_code = 1
+
+
 class StoppedError(MiniloraError, InterruptedError):
     """A signal asked the run to stop; what was learned so far is saved."""
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora import files
-from minilora.batching import micro_batches
+from minilora.batching import MICRO_BATCH_TOKENS, micro_batches
 from minilora.config import TrainConfig
-from minilora.data import Dataset, Row, Turn, read_rows, tokenize
+from minilora.data import Dataset, Question, Row, question_of, read_rows, tokenize
 from minilora.errors import AdapterError, DivergedError, OutOfMemoryError
 from minilora.generate import Sampling, Speaker, answer_all, load_speaker, progress
 from minilora.lora import disabled
@@ -23,7 +23,6 @@ from minilora.loss import CHUNK_ROWS
 from minilora.memory import free_cached, is_out_of_memory
 from minilora.model import find_model, head_weight, hidden_states, packed
 
-MICRO_BATCH_TOKENS = {"cpu": 512, "cuda": 16384}
 GROUP = 256  # examples cut into micro-batches together: as many as that pack well
 MAX_LOSS = 700.0  # nats; exp of more overflows, and no working model has it
 
@@ -179,7 +178,9 @@ def _totals(model: Any, dataset: Dataset, max_tokens: int, what: str) -> tuple[f
     return nats.item(), int(correct.item()), supervised
 
 
-def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK_ROWS) -> tuple[Tensor, Tensor]:
+def token_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK_ROWS["cpu"]
+) -> tuple[Tensor, Tensor]:
     """(summed nats, number of targets that are the likeliest token), `chunk` rows of logits at a time.
 
     hidden: (S, hidden), weight: (vocabulary, hidden), targets: (S,)
@@ -193,17 +194,12 @@ def token_scores(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = C
     return nats, correct
 
 
-def questions(rows: Sequence[Row]) -> list[tuple[tuple[Turn, ...], str]]:
-    """(conversation up to the last answer, that answer) of each row in which the user asks for it."""
-    found = []
-    for row in rows:
-        last = max(i for i, turn in enumerate(row.turns) if turn.role == "assistant")
-        if last and row.turns[last - 1].role == "user":
-            found.append((row.turns[:last], row.turns[last].content))
-    return found
+def questions(rows: Sequence[Row]) -> list[Question]:
+    """Those of the rows in which the user asks."""
+    return [question for row in rows if (question := question_of(row))]
 
 
-def exact_match(speaker: Speaker, asked: Sequence[tuple[tuple[Turn, ...], str]], batch_size: int, what: str) -> float:
+def exact_match(speaker: Speaker, asked: Sequence[Question], batch_size: int, what: str) -> float:
     """Share of the answers that the model gives to the character, greedily; blanks at the ends and reasoning aside."""
     conversations, references = zip(*asked, strict=True)
     # An answer longer than every reference is wrong however it ends; the same text in other tokens takes a few more.

@@ -27,6 +27,11 @@ def export_portable(folder: Path, output_folder: Path) -> AdapterConfig:
     Raises AdapterError when it is not a whole LoRA adapter, or when output_folder already holds something.
     """
     config = adapter.read_config(folder)
+    if config.dora:
+        raise AdapterError(
+            f"{folder}: use_dora = True: a program that knows alpha / r at most knows no DoRA, whose magnitudes only a "
+            "merged weight can hold: python -m minilora merge"
+        )
     if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
         raise AdapterError(f"{output_folder} is a file, or not empty: give another --output_dir")
     updates = adapter.read_updates(folder, config, _weight_shapes(folder, config))

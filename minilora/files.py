@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minilora.dist import whole
 from minilora.errors import StorageError
 
 MAX_JSON_BYTES = 4 * 2**20
@@ -255,9 +256,9 @@ def json_chunks(value: object) -> Iterator[bytes]:
 
 
 def safetensors_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
-    """These tensors as a safetensors file."""
+    """These tensors as a safetensors file; sharded ones are put together one by one, which takes every process."""
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return lazy_safetensors_chunks(specs, tensors.__getitem__, metadata)
+    return lazy_safetensors_chunks(specs, lambda name: whole(tensors[name]), metadata)
 
 
 def lazy_safetensors_chunks(

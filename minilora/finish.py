@@ -2,15 +2,20 @@
 
 import dataclasses
 import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from minilora import checkpoint, files, output, runlog
+import torch
+
+from minilora import checkpoint, files, output, report, runlog
+from minilora.errors import StoppedError
 from minilora.generate import Speaker, probe_logits
 from minilora.memory import gib, peak_memory_bytes
 from minilora.record import save_result
 from minilora.run import Run, parameter_counts
 from minilora.runlog import say
+from minilora.shard import logits_of_shards
 
 
 @dataclass(frozen=True)
@@ -42,24 +47,40 @@ def finish(run: Run, stop_reason: str) -> Summary:
     """Save the result, load it from the disk into a fresh model, compare, let it speak; write summary.json."""
     result = run.folder / ("adapter" if run.config.method == "lora" else "model")
     save_result(run, result)
-    checkpoint.remove_after(run.folder, run.state.step)  # the run ends here, whatever way it was taken back from
-    with run.stop.interruptible():  # the rest only looks at what is saved
-        return _verify(run, stop_reason, result)
+    world = run.world
+    world.lead(lambda: checkpoint.remove_after(run.folder, run.state.step))  # it ends here, whatever it went back from
+    with run.stop.interruptible() if world.main else nullcontext():  # the rest only looks at what is saved
+        counts = parameter_counts(run.model)
+        reference = _logits_as_saved(run) if world.main or world.lockstep else None
+        if not world.main:
+            run.release()
+        return Summary(**world.lead(lambda: dataclasses.asdict(_verify(run, stop_reason, result, counts, reference))))
 
 
-def _verify(run: Run, stop_reason: str, result: Path) -> Summary:
-    state, method = run.state, run.config.method
-    trained, total = parameter_counts(run.model)
-    peak = peak_memory_bytes(run.device)
+def _logits_as_saved(run: Run) -> torch.Tensor:
+    """What the trained model makes of the probe, its weights rounded as they are saved. (tokens, vocabulary)"""
     ids = output.probe(run.markup, run.config.system_prompt)
-    if method == "full":  # as they are saved; the rotary buffers stay in fp32, as a loaded model has them
+    if run.world.lockstep:
+        return logits_of_shards(run.model, ids, run.dtype)
+    if run.config.method == "full":  # the rotary buffers stay in fp32, as a loaded model has them
         for param in run.model.parameters():
             param.data = param.data.to(run.dtype)
-    reference = probe_logits(run.model, ids)
+    return probe_logits(run.model, ids)
+
+
+def _verify(
+    run: Run, stop_reason: str, result: Path, counts: tuple[int, int], reference: torch.Tensor | None
+) -> Summary:
+    state, method = run.state, run.config.method
+    trained, total = counts
+    peak = peak_memory_bytes(run.device)
+    ids = output.probe(run.markup, run.config.system_prompt)
     run.release()  # the card may not hold two bases
-    base, apply = output.reload(run.base_folder, result, method, run.dtype, run.device)
+    place = torch.device("cpu") if run.world.lockstep else run.device  # nor one, where the base is sharded
+    base, apply = output.reload(run.base_folder, result, method, run.dtype, place, run.config.base_bits)
     before = output.sample_answers(Speaker(base, run.tokenizer, run.markup, run.config.system_prompt))
     tuned = apply()
+    assert reference is not None, "the process that writes has one"
     difference = output.compare(reference, tuned, ids, result)
     after = output.sample_answers(Speaker(tuned, run.tokenizer, run.markup, run.config.system_prompt))
     summary = Summary(
@@ -88,7 +109,21 @@ def _verify(run: Run, stop_reason: str, result: Path) -> Summary:
     )
     files.replace_file(run.folder / runlog.SUMMARY, files.json_chunks(dataclasses.asdict(summary)))
     _report(run, summary)
+    _write_page(run)
     return summary
+
+
+def _write_page(run: Run) -> None:
+    """report.html. The run is done and verified: nothing that goes wrong with its picture makes it a failure."""
+    page = run.folder / report.REPORT
+    try:
+        report.write([run.folder], page)
+    except StoppedError:
+        raise
+    except Exception as error:
+        run.log.note(f"{page} could not be written: {error}")
+    else:
+        say("report", str(page))
 
 
 def _report(run: Run, summary: Summary) -> None:
@@ -107,7 +142,8 @@ def _report(run: Run, summary: Summary) -> None:
             f"{summary.first_eval_loss:.4f} -> {summary.last_eval_loss:.4f} (best {summary.best_eval_loss:.4f})",
         )
     if run.eval_set is not None and not (run.folder / "best").exists():
-        say("", "no evaluation was better than the untrained base: no best/")
+        start = "the adapter it began with" if run.config.adapter else "the untrained base"
+        say("", f"no evaluation was better than {start}: no best/")
     predicted = summary.predicted_peak_memory_bytes
     said = f", {gib(predicted)} were predicted" if predicted else ""
     say("memory", f"{gib(summary.peak_memory_bytes)} at the peak{said}")

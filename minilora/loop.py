@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora.batching import micro_batches
 from minilora.config import TrainConfig
 from minilora.data import IGNORE, Dataset, Example
+from minilora.dist import whole
 from minilora.errors import StoppedError
 from minilora.finish import Summary, finish
 from minilora.loss import token_loss
-from minilora.memory import free_cached, is_out_of_memory
+from minilora.memory import free_cached
 from minilora.model import head_weight, hidden_states, packed
 from minilora.optim import learning_rate
-from minilora.record import record_evaluation, record_step, resume_command, save_checkpoint, shrink_budget, skip
+from minilora.record import out_of_memory, record_evaluation, record_step, save_checkpoint, shrink_budget, skip, stopped
 from minilora.run import Run, prepare
 from minilora.stopping import StopRequest
 
@@ -28,24 +28,20 @@ EVAL_GROUP = 256  # examples cut into micro-batches together: as many as that pa
 def train(config: TrainConfig) -> Summary:
     """A whole run, from the JSONL file to the verified adapter."""
     with StopRequest() as stop, ExitStack() as held:
-        with stop.interruptible():
-            run = prepare(config, stop, held)
+        run = prepare(config, stop, held)
         state, schedule = run.state, run.schedule
         try:
-            while True:
-                evaluate_and_save(run)
-                if state.step >= schedule.num_steps:
-                    return finish(run, "completed")
-                if config.early_stopping_patience and state.evals_since_best >= config.early_stopping_patience:
-                    save_checkpoint(run)
-                    return finish(run, "early stopping")
-                run.log.step(train_step(run))
+            with run.world.together():
+                while True:
+                    evaluate_and_save(run)
+                    if state.step >= schedule.num_steps:
+                        return finish(run, "completed")
+                    if config.early_stopping_patience and state.evals_since_best >= config.early_stopping_patience:
+                        save_checkpoint(run)
+                        return finish(run, "early stopping")
+                    run.log.step(train_step(run))
         except StoppedError as error:  # the step under way is lost, all before it is saved
-            if state.step:
-                saved = save_checkpoint(run)
-                error.args = (f"{error}; saved {saved}. Go on with: {resume_command(run)}",)
-            else:
-                error.args = (f"{error} before the first step was done: there was nothing to save",)
+            stopped(run, error)
             raise
         except BrokenPipeError:  # who read our output has gone; what was learned has not
             if state.step:
@@ -81,11 +77,11 @@ def train_step(run: Run) -> dict[str, Any]:
 
     mean_loss = gradients(run, examples, supervised)
     params = [param for param in run.model.parameters() if param.grad is not None]
-    norm = nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf)
+    norm = whole(nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf))
     loss, grad_norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()  # the step's one wait for the device
     if math.isfinite(loss) and math.isfinite(grad_norm):
         for group in run.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_ratio"]
         run.optimizer.step()
         state.skipped_in_a_row = 0
     else:
@@ -98,60 +94,61 @@ def train_step(run: Run) -> dict[str, Any]:
 def gradients(run: Run, examples: list[Example], supervised: int) -> Tensor:
     """Add up the gradient of (sum of nats) / supervised, micro-batch by micro-batch; returns that loss, a scalar.
 
-    However the step is cut, the gradient is the same (with dropout: of the same distribution, its draws follow the
+    However the step is cut, the gradient is the same (with dropout or noise: another draw of it, as draws follow the
     cut): each micro-batch adds its sum over the one N of the whole step.
-    When memory runs out the step begins again with a smaller token budget.
+    Each process takes its share of the examples. When memory runs out the step begins again with a smaller budget.
     """
     while True:
-        loss = torch.zeros((), device=run.device)
-        torch.manual_seed(step_seed(run.config.seed, run.state.step))  # dropout: a function of seed, step and cut
+        loss, full = torch.zeros((), device=run.device), False
+        torch.manual_seed(step_seed(run.config.seed, run.state.step, run.world.rank))  # draws: of these and of the cut
         try:
             with packed(run.model.train()):
-                for batch in micro_batches(examples, run.state.max_tokens, run.share_prefix):
-                    batch = batch.to(run.device)
+                for batch in run.batches(examples):
                     with run.autocast():
-                        hidden = hidden_states(run.model, batch)  # (S, hidden)
+                        hidden = hidden_states(run.model, batch, run.config.neftune_noise_alpha)  # (S, hidden)
                         nats = token_loss(hidden, head_weight(run.model), batch.targets)
                     (nats / supervised).backward()
                     loss += nats.detach() / supervised
-                    run.stop.check()
-            return loss
+                    run.check()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+            full = out_of_memory(run, error)
+        if not run.world.any(full):
+            return run.world.add_up(run.model.parameters(), loss)
         run.optimizer.zero_grad(set_to_none=True)
         free_cached(run.device)
         shrink_budget(run, [len(example.input_ids) for example in examples])
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of a step's random draws."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of a process's random draws in a step."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def evaluate(run: Run, dataset: Dataset) -> float:
     """Mean loss over the supervised tokens of a data set, in nats; begins again when memory runs out."""
     while True:
         try:
-            return _evaluate(run, dataset)
+            found = (*_evaluate(run, dataset), False)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+            found = 0.0, 0, out_of_memory(run, error)
+        nats, supervised, full = map(sum, zip(*run.world.exchange(found), strict=True))
+        if not full:
+            return nats / supervised
         free_cached(run.device)
         shrink_budget(run, dataset.lengths)
 
 
 @torch.no_grad()
-def _evaluate(run: Run, dataset: Dataset) -> float:
+def _evaluate(run: Run, dataset: Dataset) -> tuple[float, int]:
+    """(sum of nats, supervised tokens) of what this process takes."""
     total = torch.zeros((), device=run.device, dtype=torch.float64)
     supervised = 0
     with packed(run.model.eval()):
         for start in range(0, len(dataset), EVAL_GROUP):
             group = [dataset[i] for i in range(start, min(start + EVAL_GROUP, len(dataset)))]
-            for batch in micro_batches(group, run.state.max_tokens, run.share_prefix):
-                batch = batch.to(run.device)
+            for batch in run.batches(group):
                 with run.autocast():
                     total += token_loss(hidden_states(run.model, batch), head_weight(run.model), batch.targets)
                 supervised += len(batch.targets)
-                run.stop.check()
-    return total.item() / supervised
+                run.check()
+    return total.item(), supervised

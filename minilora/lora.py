@@ -11,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.dropout import draw_dropped, zero_, zeroed
 from minilora.errors import ConfigError
+from minilora.flavours import dora_linear, weight_norm
+from minilora.quant import is_quantised
+
+Weights = tuple[Tensor, Tensor | None, Tensor, Tensor]  # W (out, in), b (out,), A (rank, in), B (out, rank)
 
 
 class LoRALinear(nn.Module):
@@ -19,10 +24,21 @@ class LoRALinear(nn.Module):
 
     lora_A: (rank, in), Kaiming-uniform; lora_B: (out, rank), zero, so that training starts at W0 exactly
     (paper, section 4.1); both fp32 whatever the base is. scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+    DoRA adds lora_magnitude_vector: (out,), which starts as the norms of W0's rows; see `dora_linear`.
     """
 
+    lora_magnitude_vector: nn.Parameter | None
+    lora_A0: Tensor | None  # PiSSA's start, frozen: see `weights`
+    lora_B0: Tensor | None
+
     def __init__(
-        self, base_layer: nn.Linear, rank: int, alpha: int, dropout: float = 0.0, rslora: bool = False
+        self,
+        base_layer: nn.Linear,
+        rank: int,
+        alpha: int,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        dora: bool = False,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
@@ -32,6 +48,10 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, rank, dtype=dtype, device=device))
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
+        norms = weight_norm(base_layer.weight, self.lora_A, self.lora_B, self.scale) if dora else None
+        self.lora_magnitude_vector = None if norms is None else nn.Parameter(norms)
+        self.register_buffer("lora_A0", None)
+        self.register_buffer("lora_B0", None)
         self.dropout = dropout
         self.enabled = True
 
@@ -40,25 +60,43 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return self.base_layer(x)
         dropout = self.dropout if self.training else 0.0
+        if is_quantised(self.base_layer):  # it multiplies by what it holds, and carries the gradient back through that
+            return self.base_layer(x) + plain_update(x, self.lora_A, self.lora_B, self.scale, dropout)
+        if self.lora_magnitude_vector is not None:
+            return dora_linear(x, *self.weights(), self.lora_magnitude_vector, self.scale, dropout)
         if not torch.is_grad_enabled() and not dropout:
             return self._answer(x)
-        return lora_linear(
-            x, self.base_layer.weight, self.base_layer.bias, self.lora_A, self.lora_B, self.scale, dropout
-        )
+        return lora_linear(x, *self.weights(), self.scale, dropout)
+
+    def weights(self) -> Weights:
+        """W0, b, and an A and a B whose product is the update: those that are trained.
+
+        From PiSSA's start (A0, B0) the update is B A - B0 A0 = B (A - A0) + (B - B0) A0, a product of rank 2r: zero to
+        the bit at the start, without a rounded residual of W0, and good in bf16, where a difference of products is not.
+        """
+        base, A, B, A0, B0 = self.base_layer, self.lora_A, self.lora_B, self.lora_A0, self.lora_B0
+        if A0 is None or B0 is None:
+            return base.weight, base.bias, A, B
+        return base.weight, base.bias, torch.cat([A - A0, A0]), torch.cat([B, B - B0], 1)
 
     def _answer(self, x: Tensor) -> Tensor:
         """`lora_linear` to the bit, without what autograd costs: for a single token, a quarter of the layer's time."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        weight, bias = self.base_layer.weight, self.base_layer.bias
+        weight, bias, A, B = self.weights()
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        z = (flat @ self.lora_A.to(x.dtype).T).mul_(self.scale)  # (tokens, rank)
+        z = (flat @ A.to(x.dtype).T).mul_(self.scale)  # (tokens, rank)
         y = F.linear(flat, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
-        return y.addmm_(z, self.lora_B.to(x.dtype).T).view(*x.shape[:-1], -1)
+        return y.addmm_(z, B.to(x.dtype).T).view(*x.shape[:-1], -1)
 
     def delta(self) -> Tensor:
-        """The update of the weight, scale * B A. (out, in)"""
-        return self.scale * (self.lora_B @ self.lora_A)
+        """The update of the weight: scale * B A, and what DoRA's magnitudes make of the sum. (out, in)"""
+        weight, _, A, B = self.weights()
+        update = self.scale * (B @ A)
+        if self.lora_magnitude_vector is None:
+            return update
+        gain = self.lora_magnitude_vector / weight_norm(weight, A, B, self.scale)
+        return gain[:, None] * (weight + update) - weight
 
     def extra_repr(self) -> str:
         """What print(model) shows of this layer."""
@@ -69,7 +107,12 @@ def plain_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float
 ) -> Tensor:
     """The formula itself, the oracle of `lora_linear`."""
-    return F.linear(x, weight, bias) + scale * F.linear(F.linear(F.dropout(x, dropout), lora_A), lora_B)
+    return F.linear(x, weight, bias) + plain_update(x, lora_A, lora_B, scale, dropout)
+
+
+def plain_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
+    """What the low-rank path adds. x: (..., in) -> (..., out)"""
+    return scale * F.linear(F.linear(F.dropout(x, dropout), lora_A.to(x.dtype)), lora_B.to(x.dtype))
 
 
 def lora_linear(
@@ -92,14 +135,11 @@ def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
         return [layer(x) for layer in layers]
     loras = [layer for layer in layers if isinstance(layer, LoRALinear)]
     kinds = {(layer.scale, layer.dropout if layer.training else 0.0) for layer in loras}
-    if len(kinds) > 1:
+    plain = any(layer.lora_magnitude_vector is not None or is_quantised(layer.base_layer) for layer in loras)
+    if plain or len(kinds) > 1:
         return [layer(x) for layer in layers]
     ((scale, dropout),) = kinds
-    weights = [(each.base_layer.weight, each.base_layer.bias, each.lora_A, each.lora_B) for each in loras]
-    return _lora_linears(x, scale, dropout, weights)
-
-
-Weights = tuple[Tensor, Tensor | None, Tensor, Tensor]  # W (out, in), b (out,), A (rank, in), B (out, rank)
+    return _lora_linears(x, scale, dropout, [layer.weights() for layer in loras])
 
 
 def _lora_linears(x: Tensor, scale: float, dropout: float, weights: Sequence[Weights]) -> tuple[Tensor, ...]:
@@ -160,35 +200,6 @@ def _together(parts: Sequence[Tensor], dtype: torch.dtype, dim: int = 0) -> Tens
     return (parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)).to(dtype)
 
 
-def draw_dropped(x: Tensor, dropout: float) -> Tensor:
-    """Which elements of x a dropout zeroes: a mask of x's shape, or on the CPU their flat positions when they are few.
-
-    There the gaps between dropped elements are drawn, from their geometric distribution: the same Bernoulli process
-    with one draw for each element that is dropped instead of one for each element.
-    """
-    if x.is_cuda or dropout > 1 / torch.int64.itemsize:  # a position takes 8 bytes, an element of a mask one
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(dropout)
-    size, positions = x.numel(), torch.zeros(0, dtype=torch.int64)
-    while (last := int(positions[-1]) if len(positions) else -1) < size:
-        count = int(size * dropout + 6 * math.sqrt(size * dropout)) + 1
-        gaps = torch.rand(count, dtype=torch.float64).neg_().log1p_().div_(math.log1p(-dropout)).floor_().add_(1)
-        positions = torch.cat([positions, gaps.cumsum_(0).to(torch.int64).add_(last)])
-    return positions[: int(torch.searchsorted(positions, size))]
-
-
-def zeroed(x: Tensor, dropped: Tensor | None) -> Tensor:
-    """A copy of x without the dropped elements (x itself when there are none)."""
-    return x if dropped is None else zero_(x.clone(memory_format=torch.contiguous_format), dropped)
-
-
-def zero_(x: Tensor, dropped: Tensor) -> Tensor:
-    """Set the dropped elements of x, as `draw_dropped` names them, to zero."""
-    if dropped.dtype == torch.bool:
-        return x.masked_fill_(dropped, 0)
-    x.view(-1).index_fill_(0, dropped, 0)
-    return x
-
-
 def inject(
     model: nn.Module,
     target_modules: Sequence[str],
@@ -197,6 +208,7 @@ def inject(
     dropout: float = 0.0,
     rslora: bool = False,
     seed: int = 0,
+    dora: bool = False,
 ) -> list[str]:
     """Freeze the model and put a LoRALinear around each linear layer whose last name segment is in target_modules.
 
@@ -219,7 +231,7 @@ def inject(
         torch.manual_seed(seed)
         for name in chosen:
             parent, _, child = name.rpartition(".")
-            wrapped = LoRALinear(linears[name], rank, alpha, dropout, rslora)
+            wrapped = LoRALinear(linears[name], rank, alpha, dropout, rslora, dora)
             setattr(model.get_submodule(parent), child, wrapped)
     return chosen
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_ROWS = 768  # logits of so many positions at most exist at a time: 233 MB in bf16 for Qwen's 151,936 tokens
+CHUNK_ROWS = {"cpu": 256, "cuda": 768}  # logits of so many positions exist at a time: 78 MB, 233 MB in bf16 for Qwen
 WIDE_ROWS = {"cpu": 16, "cuda": 256}  # of them in fp32; on the CPU as many as stay in the cache
 
 
@@ -19,8 +19,8 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
 
-def token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
-    """Summed nats of the supervised tokens, computed `chunk_rows` rows at a time.
+def token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
+    """Summed nats of the supervised tokens, computed `chunk_rows` rows at a time (as suits the device).
 
     hidden: (S, hidden), weight: (vocabulary, hidden), targets: (S,); returns nats, an fp32 scalar.
     The gradient of a chunk's logits, softmax - onehot, is turned into d hidden (and d weight, where it is trained)
@@ -28,6 +28,7 @@ def token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int 
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    chunk_rows = chunk_rows or CHUNK_ROWS.get(hidden.device.type, CHUNK_ROWS["cuda"])
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_rows, torch.is_grad_enabled())
 
 
@@ -43,9 +44,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wide_rows = WIDE_ROWS.get(hidden.device.type, chunk_rows)
         num_chunks = max(1, math.ceil(len(hidden) / chunk_rows))
         chunk_rows = max(1, math.ceil(len(hidden) / num_chunks))  # all of about one size
+        buffer = hidden.new_empty(min(chunk_rows, len(hidden)), len(head))  # one for all: new pages cost a fifth more
         for start in range(0, len(hidden), chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits = F.linear(hidden[rows], head)  # (chunk, vocabulary); d logits will take their place
+            rows = slice(start, min(start + chunk_rows, len(hidden)))
+            logits = buffer[: rows.stop - start]  # (chunk, vocabulary); d logits will take their place
+            torch.mm(hidden[rows], head.T, out=logits)
             for narrow, target in zip(logits.split(wide_rows), targets[rows, None].split(wide_rows), strict=True):
                 wide = narrow.to(accumulate)
                 wide -= wide.amax(-1, keepdim=True)

@@ -1,6 +1,5 @@
-"""An adapter folded into its base: W0 + scale * B A in fp32, rounded once, written shard by shard."""
+"""An adapter folded into its base: W0 + scale * B A (DoRA: rescaled) in fp32, rounded once, written shard by shard."""
 
-import gc
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch import Tensor
 from minilora import adapter, files
 from minilora.data import ChatMarkup
 from minilora.errors import AdapterError, ModelError
-from minilora.generate import load_speaker, probe_logits
+from minilora.layerwise import homes, layerwise_logits, read_tensor
 from minilora.model import find_model, folder_fingerprint, load_tokenizer, weight_files
 from minilora.output import probe
 
@@ -42,7 +41,7 @@ def merge(
     fit the base, or when output_folder already holds something.
     """
     config = adapter.read_config(adapter_folder)
-    base = find_model(model_name or config.base_model)
+    base = find_model(adapter.base_of(adapter_folder, model_name))
     if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
         raise AdapterError(f"{output_folder} is a file, or not empty: give another --output_dir")
     try:
@@ -66,16 +65,17 @@ def merge(
             files.write_file(aside / "config.json", files.json_chunks(base_config | {"dtype": dtype}))
         for shard in weight_files(base):
             _merge_shard(shard, aside / shard.name, updates, None if dtype == "auto" else DTYPES[dtype])
-    return _agreement(adapter_folder, output_folder, base, allow_other_base)
+    prompt = adapter.read_metadata(adapter_folder).get("system_prompt", "")
+    return _agreement(base, config, updates, output_folder, prompt)
 
 
 def _merge_shard(source: Path, target: Path, updates: dict[str, adapter.Update], dtype: torch.dtype | None) -> None:
     with safe_open(source, framework="pt") as file:
 
         def merged(name: str) -> Tensor:
-            tensor = file.get_tensor(name)
+            tensor = read_tensor(source, name)
             if name in updates:
-                tensor = tensor.float().addmm_(updates[name].B, updates[name].A, alpha=updates[name].scale)
+                tensor = updates[name].merged(tensor)
             return tensor.to(specs[name][0])
 
         specs = {}
@@ -87,10 +87,7 @@ def _merge_shard(source: Path, target: Path, updates: dict[str, adapter.Update],
 
 
 def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+    return ((name, read_tensor(path, name)) for name, path in homes(folder).items())
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -101,14 +98,16 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _agreement(adapter_folder: Path, merged_folder: Path, base: Path, allow_other_base: bool) -> Agreement:
-    """Both models in fp32, one after the other, so that only one is in memory."""
-    tokenizer = load_tokenizer(base)
-    ids = probe(ChatMarkup(tokenizer), adapter.read_metadata(adapter_folder).get("system_prompt", ""))
-    speaker = load_speaker(str(base), str(adapter_folder), "float32", "cpu", allow_other_base=allow_other_base)
-    expected = probe_logits(speaker.model, ids)
-    del speaker
-    gc.collect()
-    logits = probe_logits(load_speaker(str(merged_folder), None, "float32", "cpu").model, ids)
+def _agreement(
+    base: Path,
+    config: adapter.AdapterConfig,
+    updates: dict[str, adapter.Update],
+    merged_folder: Path,
+    system_prompt: str,
+) -> Agreement:
+    """Both models in fp32, a layer at a time."""
+    ids = probe(ChatMarkup(load_tokenizer(base)), system_prompt)
+    expected = layerwise_logits(base, ids, config, updates)
+    logits = layerwise_logits(merged_folder, ids)
     same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()
     return Agreement(float((logits - expected).abs().max()), float(same))

@@ -9,17 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from minilora import attention
-from minilora.batching import Batch
+from minilora.batching import Batch, collate
 from minilora.config import DEVICE
+from minilora.data import Example
+from minilora.dist import gathered
 from minilora.errors import ConfigError, ModelError
+from minilora.quant import quantise
 
 HUB_TIMEOUT_S = 3.0
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]  # never *.bin, never *.py
 SAMPLES_PER_TENSOR = 64
+KNOWN = ("qwen2", "qwen3", "llama")  # the tests show that packing changes nothing; of others it is tried when they load
 
 
 def pick_device(name: str) -> torch.device:
@@ -148,8 +153,11 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The base model of a folder, frozen, in dtype on device. Raises ModelError when it is not one we train exactly."""
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int = 0) -> nn.Module:
+    """The base model of a folder, frozen, in dtype on device. Raises ModelError when it is not one we train exactly.
+
+    bits: 4 or 8 to hold its linear layers in; 0: as they are
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -176,7 +184,14 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
         raise ModelError(f"{folder}: its weights are not those of its config.json: {odd[0]} and {len(odd) - 1} more.")
     model.generation_config.pad_token_id = model.generation_config.pad_token_id or config.pad_token_id
     model.requires_grad_(False)
-    return nn.Module.to(model, device).eval()
+    place = torch.device("cpu") if bits else device  # layers go to the device one by one: as it is it may not fit there
+    model = nn.Module.to(model, place).eval()
+    if config.model_type not in KNOWN:
+        _refuse_unlike(model)
+    if bits:
+        model.base_fingerprint = fingerprint(model)
+        quantise(model, bits, device)
+    return nn.Module.to(model, device)
 
 
 def num_layers(folder: Path) -> int:
@@ -218,13 +233,44 @@ def _first_line(error: Exception) -> str:
 
 def _refuse_inexact(config: Any) -> None:
     """Packed attention is full causal attention: a model with another kind would be trained on the wrong function."""
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+    kind = f"model type {config.model_type}"
+    if getattr(config, "quantization_config", None):
+        raise ModelError("this model's files hold quantised weights: give the original as --model, and --load_in_4bit.")
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if others:
         raise ModelError(
-            f"model type {config.model_type}: layers of type {', '.join(sorted(kinds))} are not supported."
+            f"{kind}: layers of type {', '.join(sorted(others))} are not supported: what is trained here attends to "
+            "all tokens before. Give another --model."
+        )
+    if window := getattr(config, "sliding_window", None):
+        raise ModelError(
+            f"{kind}: its sliding_window of {window:,} tokens is not supported: what is trained here attends to "
+            "all tokens before. Give another --model."
         )
     if getattr(config, "attention_dropout", 0.0):
-        raise ModelError(f"model type {config.model_type}: attention_dropout is set; it is not supported.")
+        raise ModelError(f"{kind}: attention_dropout is set; it is not supported.")
+
+
+@torch.no_grad()
+def _refuse_unlike(model: Any) -> None:
+    """Two short examples packed and each by itself: raises ModelError where the logits are not the same."""
+    kind, head = f"model type {model.config.model_type}", head_weight(model)
+    ids = np.random.default_rng(0).integers(0, len(head), (2, 16)).astype(np.int32)
+    examples = [Example(row[:length], row[:length]) for row, length in zip(ids, (16, 9), strict=True)]
+    alone = [torch.tensor(example.input_ids[None, :-1].astype(np.int64), device=head.device) for example in examples]
+    expected = torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in alone]).float()
+    try:
+        with packed(model):
+            found = (hidden_states(model, collate(examples).to(head.device)) @ head.T).float()
+    except Exception as error:
+        why = _first_line(error)
+        raise ModelError(f"{kind}: it does not take packed examples ({why}). Give another --model.") from error
+    difference, allowed = float((found - expected).abs().max()), 1e-3 if head.dtype == torch.float32 else 5e-2
+    if not difference <= allowed * float(expected.abs().max()):
+        raise ModelError(
+            f"{kind}: packed examples give other logits (by up to {difference:.2g}) than each by itself: there is "
+            "something in this model that is not known here. Give another --model."
+        )
 
 
 @contextmanager
@@ -238,17 +284,36 @@ def packed(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def hidden_states(model: Any, batch: Batch) -> Tensor:
-    """Final hidden states at the supervised positions of a packed batch. (S, hidden)"""
-    output = model.get_decoder()(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
-    )
+def hidden_states(model: Any, batch: Batch, noise_alpha: float = 0.0) -> Tensor:
+    """Final hidden states at the supervised positions of a packed batch. (S, hidden)
+
+    noise_alpha: of NEFTune, in training; 0: no noise
+    """
+    if noise_alpha:
+        embedded = model.get_input_embeddings()(batch.input_ids)
+        inputs = {"inputs_embeds": embedded + embedding_noise(embedded, batch.layout, noise_alpha)}
+    else:
+        inputs = {"input_ids": batch.input_ids}
+    output = model.get_decoder()(**inputs, position_ids=batch.position_ids, layout=batch.layout, use_cache=False)
     return output.last_hidden_state[0].index_select(0, batch.rows)
 
 
+def embedding_noise(embedded: Tensor, layout: attention.Layout, alpha: float) -> Tensor:
+    """NEFTune's noise (arXiv:2310.05914): uniform within alpha / sqrt(L * hidden), L the input tokens of each example.
+
+    embedded: (1, T, hidden) -> (1, T, hidden) of its dtype, drawn from the current seed. A shared prefix stands there
+    once, so its examples share one draw, of the mean of the variances that each would have given it.
+    """
+    inverse = 1 / (layout.prefix + np.array(layout.lengths))  # 1 / L of each example
+    inverse = np.concatenate([np.full(layout.prefix, inverse.mean()), np.repeat(inverse, layout.lengths)])  # (T,)
+    most = torch.tensor(alpha * np.sqrt(inverse / embedded.shape[-1]), dtype=torch.float32, device=embedded.device)
+    noise = torch.empty(embedded.shape, dtype=torch.float32, device=embedded.device).uniform_(-1, 1)
+    return noise.mul_(most[:, None]).to(embedded.dtype)
+
+
 def head_weight(model: Any) -> Tensor:
-    """The output head's weight, which for tied models is the embedding. (vocabulary, hidden)"""
-    return model.get_output_embeddings().weight
+    """The output head's weight, whole; for tied models it is the embedding. (vocabulary, hidden)"""
+    return gathered(model.get_output_embeddings().weight)
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -260,7 +325,9 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The identity of a loaded base, whatever is wrapped around its layers."""
+    """The identity of a loaded base, whatever is wrapped around its layers, in however few bits they are held."""
+    if known := getattr(model, "base_fingerprint", None):
+        return known
     return fingerprint_of(model.config.to_dict(), base_tensors(model))  # type: ignore[operator, union-attr]
 
 

@@ -22,10 +22,20 @@ def learning_rate(step: int, num_steps: int, peak: float, shape: str, warmup_rat
     return peak * (1 - done) if shape == "linear" else peak
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over the trainable parameters; vectors (biases, norms) are not decayed."""
-    named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
-    decayed = [param for _, param in named if param.ndim >= 2]
-    others = [param for _, param in named if param.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
+def make_optimizer(model: nn.Module, weight_decay: float, loraplus_lr_ratio: float = 1.0) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over the trainable parameters; vectors (biases, norms, magnitudes) are not decayed.
+
+    Each group has an "lr_ratio", by which the step's learning rate is multiplied: that of the B of LoRA+
+    (arXiv:2402.12354) is loraplus_lr_ratio, all others' is 1.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            decay = weight_decay if param.ndim >= 2 else 0.0
+            ratio = loraplus_lr_ratio if name.endswith(".lora_B") else 1.0
+            groups.setdefault((decay, ratio), []).append(param)
+    return torch.optim.AdamW(
+        [{"params": params, "weight_decay": decay, "lr_ratio": ratio} for (decay, ratio), params in groups.items()],
+        lr=0.0,
+        fused=True,
+    )

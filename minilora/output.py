@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ from torch import nn
 
 from minilora import adapter, files
 from minilora.data import ChatMarkup, Turn
+from minilora.dist import collect, own_part, whole
 from minilora.errors import AdapterError, DivergedError
 from minilora.generate import Sampling, Speaker, answer, probe_logits
 from minilora.model import fingerprint, load_model
 
 SAMPLE_PROMPTS = ("你是谁？", "Who made you?", "“大”的反义词是什么？")
+SAMPLE_TOKENS = 48
 PROBE_TOKENS = 32
 
 
@@ -35,9 +38,8 @@ def save_adapter(
 
 def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
     """A Hugging Face model folder with the weights rounded once to dtype. Raises DivergedError for non-finite ones."""
-    tied = model.config.tie_word_embeddings
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
-    if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+    weights = _weights(model)
+    if broken := [name for name, tensor in weights.items() if not torch.isfinite(own_part(tensor)).all()]:
         raise DivergedError(
             f"the model is not finite ({broken[0]} and {len(broken) - 1} more): not written to {folder}"
         )
@@ -47,8 +49,19 @@ def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> 
         tokenizer.save_pretrained(aside)
         config.save_pretrained(aside)
         model.generation_config.save_pretrained(aside)
-        rounded = {name: tensor.detach().to(dtype) for name, tensor in weights.items()}
-        files.write_file(aside / "model.safetensors", files.safetensors_chunks(rounded, {"format": "pt"}))
+        specs = {name: (dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+        chunks = files.lazy_safetensors_chunks(specs, lambda name: whole(weights[name]).to(dtype), {"format": "pt"})
+        files.write_file(aside / "model.safetensors", chunks)
+
+
+def take_part(model: Any) -> None:
+    """What the other processes do while one writes a model: give it their shards, in the order of `save_model`."""
+    collect(_weights(model).values())
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
 
 
 def probe(tokenizer_markup: ChatMarkup, system_prompt: str) -> list[int]:
@@ -58,12 +71,21 @@ def probe(tokenizer_markup: ChatMarkup, system_prompt: str) -> list[int]:
 
 def sample_answers(speaker: Speaker) -> list[str]:
     """Greedy answers to SAMPLE_PROMPTS."""
-    return answer(speaker, [[Turn("user", text)] for text in SAMPLE_PROMPTS], Sampling(max_new_tokens=48))
+    return answer(speaker, [[Turn("user", text)] for text in SAMPLE_PROMPTS], Sampling(max_new_tokens=SAMPLE_TOKENS))
 
 
-def reload(base_folder: Path, result: Path, method: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def short_answers(speaker: Speaker, conversations: Sequence[Sequence[Turn]]) -> list[str]:
+    """The beginnings of the greedy answers to a few conversations, each of which leaves room for a token."""
+    longest = max(len(speaker.markup.prompt_ids(turns, speaker.system_prompt)) for turns in conversations)
+    room = speaker.model.config.max_position_embeddings - longest
+    return answer(speaker, conversations, Sampling(max_new_tokens=min(SAMPLE_TOKENS, room)))
+
+
+def reload(
+    base_folder: Path, result: Path, method: str, dtype: torch.dtype, device: torch.device, bits: int = 0
+) -> tuple[Any, Any]:
     """(the base as it lies on the disk, a function that turns it into the saved result and returns that)."""
-    base = load_model(base_folder, dtype, device)
+    base = load_model(base_folder, dtype, device, bits)
 
     def apply() -> nn.Module:
         if method == "full":

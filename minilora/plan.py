@@ -9,15 +9,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from minilora.batching import Schedule, collate, make_schedule
-from minilora.config import TrainConfig, nearest
-from minilora.data import ChatMarkup, Dataset, Example, read_rows, split
+from minilora.batching import MICRO_BATCH_TOKENS, Schedule, collate
+from minilora.config import TrainConfig, nearest, with_method
+from minilora.data import ChatMarkup, Dataset, Example
 from minilora.errors import ConfigError
 from minilora.memory import free_bytes, gib, memory_bytes
 from minilora.model import find_model, load_tokenizer, num_layers, pick_device, pick_dtype
 from minilora.predict import USABLE, Memory, Setup, along, fitting_cut, largest_batch, predict
-from minilora.run import MICRO_BATCH_TOKENS, longest_allowed, to_examples
+from minilora.run import longest_allowed, schedule_of
 from minilora.runlog import device_name, say
+from minilora.sources import Sets, make_sets, read_sources
 
 CARDS_GIB = {"RTX 3060": 12, "RTX 4080": 16, "RTX 4090": 24, "RTX 5090": 32, "A100": 80, "H100": 80, "H200": 141}
 BUDGETS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -48,11 +49,12 @@ class Place:
 
 def plan(config: TrainConfig, card: str | None) -> None:
     """Print what a run of these settings needs. Raises ConfigError, DataError or ModelError for what it cannot read."""
+    if config.base_bits:
+        raise ConfigError(f"plan cannot predict a base in {config.base_bits} bits: leave that key out.")
     place = on_card(config, card) if card else here(config)
     base_folder = find_model(config.model)
-    dataset, about_rows = rows_of(config)
-    steps = (config.examples_per_step, config.num_train_epochs, config.max_steps, config.seed)
-    schedule = make_schedule(len(dataset), *steps)
+    sets, about_rows = rows_of(config)
+    dataset, schedule = sets.train, schedule_of(config, sets)
     setup = Setup(config, base_folder, place.dtype, place.device_type, bool(config.gradient_checkpointing))
     most = MICRO_BATCH_TOKENS[place.device_type]
     asked = config.max_tokens_per_micro_batch if config.packing else 1
@@ -99,23 +101,24 @@ def on_card(config: TrainConfig, card: str) -> Place:
     return Place(f"{card} ({size} GiB): not measured", "cuda", dtype, 0.0, size * 2**30 * USABLE)
 
 
-def rows_of(config: TrainConfig) -> tuple[Dataset, str]:
+def rows_of(config: TrainConfig) -> tuple[Sets, str]:
     """(the rows that would be trained on, a description); where there is no train_file, as long as they may be."""
     base_folder = find_model(config.model)
     longest = longest_allowed(config, base_folder, [])
-    if not os.path.lexists(os.path.expanduser(config.train_file)):
+    if missing := [path for path in config.train_files if not os.path.lexists(os.path.expanduser(path))]:
         count = config.examples_per_step
         supervised = np.tile(np.arange(longest) >= longest // 2, count)
-        offsets = np.arange(count + 1, dtype=np.int64) * longest
-        dataset = Dataset(np.zeros(count * longest, np.int32), supervised, offsets, np.arange(count, dtype=np.int64))
-        return dataset, f"there is no {config.train_file}: all are taken to have {longest:,} tokens, half supervised"
-    rows, report = read_rows(config.train_file, config.on_bad_rows)
-    markup = ChatMarkup(load_tokenizer(base_folder))
-    dataset, _ = split(to_examples(config, rows, markup, report, longest), config.val_size, config.seed)
-    lengths = dataset.lengths
-    return dataset, (
-        f"{config.train_file}: {len(dataset):,}, of {int(np.median(lengths)):,} tokens in the middle and "
-        f"{int(lengths.max()):,} at most"
+        offsets, lines = np.arange(count + 1, dtype=np.int64) * longest, np.arange(count, dtype=np.int64)
+        ids, source = np.zeros(count * longest, np.int32), np.zeros(count, np.int32)
+        dataset = Dataset(ids, supervised, offsets, lines, source, (missing[0],))
+        said = f"there is no {missing[0]}: all are taken to have {longest:,} tokens, half supervised"
+        return Sets(dataset, None, (), []), said
+    read = read_sources(dataclasses.replace(config, eval_file=None, eval_samples=0))
+    sets = make_sets(config, read, ChatMarkup(load_tokenizer(base_folder)), longest)
+    lengths = sets.train.lengths
+    return sets, (
+        f"{', '.join(config.train_files)}: {len(sets.train):,}, of {int(np.median(lengths)):,} tokens in the middle "
+        f"and {int(lengths.max()):,} at most"
     )
 
 
@@ -144,7 +147,7 @@ def grid(setup: Setup, dataset: Dataset, schedule: Schedule) -> Grid:
     batches = [collate([Example(ids, ids)] * (size // COUNTED_LENGTH)) for size in at]
     memories = {}
     for method, checkpointing in VARIANTS:
-        config = dataclasses.replace(setup.config, method=method)
+        config = with_method(setup.config, method)
         variant = dataclasses.replace(setup, config=config, checkpointing=checkpointing)
         points = (predict(variant, batches[0]), predict(variant, batches[1]))
         memories[method, checkpointing] = tuple(along(points, at, number) for number in tokens)

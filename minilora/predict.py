@@ -116,14 +116,14 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
         trained = [param for param in model.parameters() if param.requires_grad]
         for param in trained:
             param.grad = torch.empty_like(param)
-        optimizer = make_optimizer(model, config.weight_decay)
+        optimizer = make_optimizer(model, config.weight_decay, config.loraplus_lr_ratio)
         optimizer.step()
         moments = [value for state in optimizer.state.values() for value in state.values()]
         gradients = [param.grad for param in trained if param.grad is not None]
         there = [*model.parameters(), *model.buffers(), *moments, *gradients, *fakes.values()]
         with packed(model), Watch(there) as watch, marked_at_first_layer(model, watch):
             with torch.autocast("cpu", torch.bfloat16, enabled=setup.dtype == torch.bfloat16):
-                hidden = hidden_states(model, batch)
+                hidden = hidden_states(model, batch, config.neftune_noise_alpha)
                 watch.mark()
                 nats = token_loss(hidden, head_weight(model), batch.targets)
             saved = watch.alive_bytes

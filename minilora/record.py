@@ -13,11 +13,14 @@ import numpy as np
 import torch
 
 from minilora import adapter, checkpoint, files, output
-from minilora.errors import DivergedError, OutOfMemoryError
-from minilora.memory import gib, peak_memory_bytes
+from minilora.dist import own_part
+from minilora.errors import DivergedError, OutOfMemoryError, StoppedError
+from minilora.generate import Speaker
+from minilora.memory import free_cached, gib, is_out_of_memory, peak_memory_bytes
 from minilora.run import Run
 
 MAX_SKIPPED_IN_A_ROW = 3
+SAMPLES_AT_ONCE = 8
 
 
 def record_step(
@@ -46,9 +49,13 @@ def record_step(
 
 
 def record_evaluation(run: Run, loss: float) -> None:
-    """Keep an evaluation's loss, and the adapter in best/ if no earlier one was better."""
+    """Keep an evaluation's loss and answers, and the adapter in best/ if no earlier one was better."""
     state, best = run.state, run.state.best_eval_loss
+    answers = run.world.lead(  # stopped in here, the evaluation is done again
+        lambda: answer_questions(run), lambda: answer_questions(run)
+    )
     run.log.evaluation({"step": state.step, "eval_loss": loss if math.isfinite(loss) else None}, best)
+    run.log.samples(state.step, zip(run.questions, answers, strict=False))
     if math.isfinite(loss) and (best is None or loss < best):
         state.best_eval_loss, state.evals_since_best = loss, 0
         if state.step:
@@ -60,27 +67,62 @@ def record_evaluation(run: Run, loss: float) -> None:
     state.evaluated_step = state.step
 
 
+def answer_questions(run: Run) -> list[str]:
+    """How the model answers run.questions now, as far as memory lasts; draws no random number."""
+    speaker = Speaker(run.model.eval(), run.tokenizer, run.markup, run.config.system_prompt)
+    answers: list[str] = []
+    for start in range(0, len(run.questions), SAMPLES_AT_ONCE):
+        part = run.questions[start : start + SAMPLES_AT_ONCE]
+        try:
+            with run.autocast():
+                answers += output.short_answers(speaker, [question.turns for question in part])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            run.log.note(f"out of memory: {len(answers)} of {len(run.questions)} samples answered")
+            break
+        run.check()
+    if len(answers) < len(run.questions):
+        free_cached(run.device)
+    return answers
+
+
 def save_checkpoint(run: Run) -> Path:
     """The checkpoint of run.state, written now unless this run has done so. Raises DivergedError for spoilt weights."""
     path = checkpoint.checkpoint_path(run.folder, run.state.step)
-    if run.saved_step == run.state.step and checkpoint.is_valid(path):
+    if run.saved_step == run.state.step and run.world.lead(lambda: checkpoint.is_valid(path)):
         return path
     _refuse_spoilt(run)
-    with files.storage_errors(run.folder):
-        os.stat(run.folder)  # a folder that has vanished must not come back with a checkpoint and nothing else
-    checkpoint.save(run.folder, run.model, run.optimizer, run.state, run.identity, run.config.save_total_limit)
+
+    def save() -> None:
+        with files.storage_errors(run.folder):
+            os.stat(run.folder)  # a folder that has vanished must not come back with a checkpoint and nothing else
+        checkpoint.save(run.folder, run.model, run.optimizer, run.state, run.identity, run.config.save_total_limit)
+
+    run.world.lead(save, lambda: checkpoint.take_part(run.model, run.optimizer))
     run.saved_step = run.state.step
     return path
 
 
+def stopped(run: Run, error: StoppedError) -> None:
+    """Save what was done before a signal; the error then says where, and how to go on."""
+    if run.state.step:
+        saved = save_checkpoint(run)
+        error.args = (f"{error}; saved {saved}. Go on with: {resume_command(run)}",)
+    else:
+        error.args = (f"{error} before the first step was done: there was nothing to save",)
+
+
 def resume_command(run: Run) -> str:
     """The command that goes on with a run."""
-    return f"python train.py --resume {shlex.quote(str(run.folder))}"
+    start = "python" if run.world.size == 1 else f"torchrun --nproc-per-node {run.world.size}"
+    return f"{start} train.py --resume {shlex.quote(str(run.folder))}"
 
 
 def weights_are_finite(run: Run) -> bool:
     """Whether every number that is trained is finite."""
-    return all(bool(torch.isfinite(param).all()) for param in checkpoint.trainable(run.model).values())
+    params = checkpoint.trainable(run.model).values()
+    return not run.world.any(not all(bool(torch.isfinite(own_part(param)).all()) for param in params))
 
 
 def _refuse_spoilt(run: Run) -> None:
@@ -101,10 +143,16 @@ def save_result(run: Run, folder: Path) -> None:
     Raises DivergedError for weights that are not finite.
     """
     _refuse_spoilt(run)
+    if run.config.method == "full":
+        run.world.lead(
+            lambda: output.save_model(folder, run.model, run.tokenizer, run.dtype), lambda: output.take_part(run.model)
+        )
+    else:
+        run.world.lead(lambda: _save_adapter(run, folder))
+
+
+def _save_adapter(run: Run, folder: Path) -> None:
     config = run.config
-    if config.method == "full":
-        output.save_model(folder, run.model, run.tokenizer, run.dtype)
-        return
     settings = adapter.AdapterConfig(
         base_model=str(run.base_folder.resolve()) if os.path.isdir(os.path.expanduser(config.model)) else config.model,
         rank=config.lora_r,
@@ -112,7 +160,10 @@ def save_result(run: Run, folder: Path) -> None:
         dropout=config.lora_dropout,
         target_modules=config.target_modules,
         rslora=config.use_rslora,
+        dora=config.use_dora,
     )
+    if config.init_lora_weights == "pissa":
+        settings = adapter.converted(settings)
     metadata = {"base_fingerprint": run.identity.base_fingerprint, "system_prompt": config.system_prompt}
     output.save_adapter(folder, run.model, run.tokenizer, settings, metadata)
 
@@ -124,14 +175,14 @@ def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
         run.before_skipped = dataclasses.replace(state)
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
-    lines = sorted(run.train_set.lines[indices].tolist())
-    run.log.note(f"step {state.step + 1} skipped: loss {loss}, gradient norm {grad_norm}; rows at lines {lines}")
+    places = run.train_set.places(indices)
+    run.log.note(f"step {state.step + 1} skipped: loss {loss}, gradient norm {grad_norm}; rows at {places}")
     if state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
         return
     good = state.step + 1 - MAX_SKIPPED_IN_A_ROW
     run.state = run.before_skipped or dataclasses.replace(state, step=good, skipped_in_a_row=0)
     if run.saved_step > good:
-        checkpoint.remove_after(run.folder, good)  # written among the skipped steps: it would pass them over
+        run.world.lead(lambda: checkpoint.remove_after(run.folder, good))  # written among the skipped: would pass them
     if weights_are_finite(run):
         kept = f"The state before them is saved: {save_checkpoint(run)}."
     else:
@@ -140,6 +191,23 @@ def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
         f"no finite gradient in {MAX_SKIPPED_IN_A_ROW} steps in a row (steps {good + 1} to {state.step + 1}). "
         f"{kept} Start anew with a lower --learning_rate, or look at the rows above."
     )
+
+
+def out_of_memory(run: Run, error: BaseException) -> bool:
+    """True for an error that says that memory ran out; any other is raised again.
+
+    Among shards the others wait for this process in the middle of the step, which cannot begin again: raises
+    OutOfMemoryError.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if run.world.lockstep:
+        budget = run.state.max_tokens
+        raise OutOfMemoryError(
+            f"a micro-batch of up to {budget:,} tokens does not fit: {gib(peak_memory_bytes(run.device))} were in use. "
+            f"Go on with --max_tokens_per_micro_batch {budget // 2}, or more processes."
+        ) from error
+    return True
 
 
 def shrink_budget(run: Run, lengths: Sequence[int] | np.ndarray) -> None:

@@ -96,7 +96,8 @@ def _holds_a_run(run: Path) -> bool:
 
 def _stem(config: TrainConfig) -> Path:
     parts = [part for part in Path(config.model).parts if part not in ("model", "/")]
-    name = f"{config.method}-{parts[-1] if parts else 'model'}-{Path(config.train_file).stem}"
+    rows = "-".join(Path(path).stem for path in config.train_files)
+    name = f"{config.method}-{parts[-1] if parts else 'model'}-{rows}"
     return Path("runs") / re.sub(r"[^\w.-]+", "-", name).lower()[:MAX_NAME_CHARS]
 
 
@@ -158,11 +159,15 @@ class RunLock:
 
 def lasting_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings as a run keeps them: with absolute paths, so that it can be gone on with from any folder."""
-    settings = dataclasses.asdict(config) | {"target_modules": list(config.target_modules)}
+    settings = dataclasses.asdict(config)
+    settings |= {key: list(value) for key, value in settings.items() if isinstance(value, tuple)}
     local = os.path.expanduser(config.model)
-    paths = {"train_file": config.train_file, "eval_file": config.eval_file}
-    paths |= {"model": local} if os.path.isdir(local) else {}
-    return settings | {key: os.path.abspath(path) for key, path in paths.items() if path}
+    paths = {"eval_file": config.eval_file, "adapter": config.adapter} | (
+        {"model": local} if os.path.isdir(local) else {}
+    )
+    settings |= {key: os.path.abspath(path) for key, path in paths.items() if path}
+    train_files = [os.path.abspath(path) for path in config.train_files]
+    return settings | {"train_file": train_files if len(train_files) > 1 else train_files[0]}
 
 
 def saved_config(path: Path) -> dict[str, Any]:

@@ -15,10 +15,13 @@ import torch
 from tqdm import tqdm
 
 from minilora import files
-from minilora.data import IGNORE, DataReport, Example
+from minilora.data import IGNORE, DataReport, Example, Question
+from minilora.errors import ConfigError, printable
 from minilora.memory import gib
 
-METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+METRICS, SAMPLES, SUMMARY, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "summary.json", "tensorboard"
+BOARD_KEYS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes", "epoch")
+APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 
 
 def style(text: str, code: str, stream: Any = None) -> str:
@@ -34,33 +37,25 @@ def say(label: str, text: str) -> None:
 
 
 class RunLog:
-    """Prints progress and appends to metrics.jsonl: one JSON object a line, every step and every evaluation."""
+    """Prints progress and appends to metrics.jsonl: one JSON object a line, every step and every evaluation.
 
-    def __init__(self, run: Path, first_step: int, kept_step: int, num_steps: int, logging_steps: int) -> None:
-        self._path = run / METRICS
+    Answers at evaluations go to samples.jsonl, a line each; `board`: curves for TensorBoard, too.
+    """
+
+    def __init__(
+        self, run: Path, first_step: int, kept_step: int, num_steps: int, logging_steps: int, board: bool = False
+    ) -> None:
+        self._path, self._samples = run / METRICS, run / SAMPLES
         self._num_steps = num_steps
         self._logging_steps = logging_steps
-        self._trim(kept_step)
+        for path in (self._path, self._samples):
+            _trim(path, kept_step)
         with files.storage_errors(self._path):
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-            self._descriptor = os.open(self._path, flags, 0o666)
+            self._descriptor = os.open(self._path, APPEND, 0o666)
+        self._board = Board(run / TENSORBOARD, kept_step + 1) if board else None
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
         self._started, self._done_before = time.monotonic(), first_step
-
-    def _trim(self, step: int) -> None:
-        """Drop the lines beyond the checkpoint that a resumed run starts from; they are about to be written again."""
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_bytes().splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] > step:
-                    continue
-            except (ValueError, KeyError, TypeError):
-                continue  # a line cut short by a crash
-            kept.append(line)
-        files.replace_file(self._path, kept)
 
     def step(self, record: dict[str, Any]) -> None:
         """A training step is done."""
@@ -74,6 +69,8 @@ class RunLog:
         self._bar.set_description_str(f"epoch {record['epoch']:.2f}", refresh=False)
         self._bar.set_postfix_str(line, refresh=False)
         self._bar.update()
+        if self._board:
+            self._board.scalars(step, {f"train/{name}": record[name] for name in BOARD_KEYS})
         if self._bar.disable and (step % self._logging_steps == 0 or step in (1, self._num_steps)):
             left = (time.monotonic() - self._started) / (step - self._done_before) * (self._num_steps - step)
             print(f"step {step}/{self._num_steps}  epoch {record['epoch']:.2f}  {line}  left {left:.0f} s", flush=True)
@@ -91,6 +88,25 @@ class RunLog:
             f"step {record['step']}: held-out loss {_number(record['eval_loss'], '.4f')} nats per token{change}",
         )
 
+        if self._board:
+            self._board.scalars(record["step"], {"eval/loss": record["eval_loss"]})
+
+    def samples(self, step: int, asked: Iterable[tuple[Question, str]]) -> None:
+        """Answers of the model as it is after this step."""
+        lines = []
+        for question, answer in asked:
+            prompt = question.turns[-1].content
+            say("sample", f"{one_line(prompt)} -> {one_line(answer)}")
+            record = {"step": step, "prompt": prompt, "answer": answer, "reference": question.reference}
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        if lines:
+            with files.storage_errors(self._samples):
+                descriptor = os.open(self._samples, APPEND, 0o666)
+                try:
+                    os.write(descriptor, "".join(lines).encode())
+                finally:
+                    os.close(descriptor)
+
     def note(self, text: str) -> None:
         """Something out of the ordinary."""
         say("note", text)
@@ -103,10 +119,89 @@ class RunLog:
         """The run is over, or stops here."""
         self._bar.close()
         os.close(self._descriptor)
+        if self._board:
+            self._board.close()
+
+
+class Silence:
+    """The log of a process that leaves the speaking to another."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def evaluation(self, record: dict[str, Any], best: float | None) -> None:
+        """Nothing."""
+
+    def samples(self, step: int, asked: Iterable[tuple[Question, str]]) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+
+def _trim(path: Path, step: int) -> None:
+    """Drop the lines beyond the checkpoint that a resumed run starts from; they are about to be written again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except (ValueError, KeyError, TypeError):
+            continue  # a line cut short by a crash
+        kept.append(line)
+    files.replace_file(path, kept)
+
+
+class Board:
+    """Curves for TensorBoard in a folder, by the package of that name (extra `tensorboard`)."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """first_step: what an earlier process has written of this step and later ones is not shown any more."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder = folder
+        with files.storage_errors(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=first_step)
+
+    def scalars(self, step: int, values: dict[str, float | None]) -> None:
+        """Points of curves; a value that is not finite is None, and is left out."""
+        with files.storage_errors(self._folder):
+            for tag, value in values.items():
+                if value is not None:
+                    self._writer.add_scalar(tag, value, step)
+            self._writer.flush()  # a killed process leaves no gap before the checkpoint that is gone on from
+
+    def close(self) -> None:
+        """No more points."""
+        self._writer.close()
+
+
+def check_board() -> None:
+    """Raise ConfigError where TensorBoard cannot be written."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+    except Exception as error:  # a package of its own, and many more behind it: any of them may be missing or broken
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"report_to = 'tensorboard' needs the package tensorboard ({why}): pip install tensorboard, or leave it out"
+        ) from error
+
+
+def one_line(text: str, most: int = 60) -> str:
+    """A text as it fits into a line of the log."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= most else f"{line[: most - 3]}..."
 
 
 def _number(value: float | None, shape: str) -> str:
     return "not finite" if value is None else format(value, shape)
+
+
+def data_record(report: DataReport) -> dict[str, Any]:
+    """A report for config.json: of bad rows and of fields that are not read, only how many there are."""
+    return vars(report) | {"bad": len(report.bad), "unread": len(report.unread)}
 
 
 def describe_data(report: DataReport) -> Iterable[str]:
@@ -115,6 +210,7 @@ def describe_data(report: DataReport) -> Iterable[str]:
         "bad": len(report.bad),
         "longer than max_length": report.dropped_overlong,
         "nothing supervised": report.dropped_unsupervised,
+        "the same as an earlier one": report.dropped_repeats,
     }
     why = ", ".join(f"{count:,} {reason}" for reason, count in lost.items() if count)
     share = 100 * report.supervised_tokens / max(1, report.tokens)
@@ -125,6 +221,7 @@ def describe_data(report: DataReport) -> Iterable[str]:
     )
     if report.unread:
         yield f"fields not read: {_rows_by_name(report.unread)}"
+    yield from report.notes
 
 
 def _rows_by_name(counts: Counter[str], most: int = 8) -> str:

@@ -52,7 +52,7 @@ class StopRequest:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Inside, where nothing can be lost, a signal raises StoppedError where it comes, not at the next point."""
-        self._at_once = True
+        before, self._at_once = self._at_once, True
         try:
             self.check()
             yield
@@ -61,7 +61,7 @@ class StopRequest:
             self.check()
             raise
         finally:
-            self._at_once = False
+            self._at_once = before
 
     def check(self) -> None:
         """Raise StoppedError if a signal has come."""

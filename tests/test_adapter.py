@@ -235,7 +235,10 @@ def test_the_fingerprint_is_the_same_in_bf16_and_whatever_was_loaded_before(load
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
+        ("use_dora", "yes"),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "loftq"),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("rank_pattern", {"q_proj": 2}),
@@ -273,20 +276,10 @@ def test_what_is_not_supported_is_refused_by_name(write, load_tiny, key, value):
 
 def test_all_that_is_not_supported_is_said_at_once(write):
     folder, _ = write()
-    configure(folder, use_dora=True, bias="all", r=-1)
+    configure(folder, lora_bias=True, bias="all", r=-1)
     with pytest.raises(AdapterError) as error:
         adapter.read_config(folder)
-    assert all(word in str(error.value) for word in ("use_dora = True", "bias = 'all'", "r = -1"))
-
-
-def test_what_peft_writes_with_dora_is_refused(load_tiny, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
-    get_peft_model(load_tiny(), settings).save_pretrained(tmp_path)
-    model = load_tiny()
-    with pytest.raises(AdapterError, match="use_dora = True"):
-        adapter.load(model, tmp_path, fingerprint(model))
+    assert all(word in str(error.value) for word in ("lora_bias = True", "bias = 'all'", "r = -1"))
 
 
 # ---------------------------------------------------------------------------------------- broken

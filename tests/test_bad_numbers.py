@@ -14,7 +14,7 @@ import torch
 from conftest import write_jsonl
 from safetensors.torch import load_file
 
-from minilora import checkpoint, cli, loop
+from minilora import batching, checkpoint, cli, loop
 from minilora.config import FIELDS, TrainConfig
 from minilora.run import prepare
 from minilora.stopping import StopRequest
@@ -49,7 +49,7 @@ def bits(run) -> str:
 def micro_batches(run) -> int:
     """How many micro-batches the run's next step has."""
     examples = [run.train_set[i] for i in run.schedule.examples_of(run.state.step)]
-    return len(list(loop.micro_batches(examples, run.state.max_tokens, run.share_prefix)))
+    return len(list(batching.micro_batches(examples, run.state.max_tokens, run.share_prefix)))
 
 
 def argv_of(config: TrainConfig) -> list[str]:

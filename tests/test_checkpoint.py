@@ -14,14 +14,17 @@ import torch
 from torch import nn
 
 from minilora import checkpoint, files
-from minilora.checkpoint import FREE_KEYS, Identity, TrainState, newest_valid, validate
+from minilora.checkpoint import FREE_KEYS, PER_STEP, Identity, TrainState, newest_valid, validate
 from minilora.config import FIELDS, TrainConfig
 from minilora.errors import CheckpointError, ConfigError, MiniloraError, StorageError
 from minilora.optim import make_optimizer
 from minilora.rundir import RunLock
 
 IDENTITY = Identity(
-    dataclasses.asdict(TrainConfig()) | {"target_modules": ["q_proj"]}, "b" * 64, "d" * 64, {"torch": "2"}
+    dataclasses.asdict(TrainConfig()) | {"target_modules": ["q_proj"], "train_weights": [1.0]},
+    "b" * 64,
+    "d" * 64,
+    {"torch": "2"},
 )
 
 
@@ -250,7 +253,9 @@ def test_a_changed_key_is_named_and_refused_unless_it_is_free(tmp_path, key):
     with pytest.raises(CheckpointError) as error:
         fresh.load(path, changed)
     text = str(error.value)
-    assert f"{key}: was {IDENTITY.config[key]!r}, is {other_value(key)!r}" in text
+    said = "examples a step: were 4 x 8 = 32, are " if key in PER_STEP else f"{key}: was {IDENTITY.config[key]!r}, is "
+    assert said in text
+    assert key in PER_STEP or f", is {other_value(key)!r}" in text
     assert text.count("\n") == 2  # this key and no other, and what to do
     assert fresh.bits() == before
 

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import minilora
-from minilora import cli
+from minilora import adapter, cli
 from minilora.config import FIELDS, TARGET_GROUPS, TYPES, TrainConfig, choices, resolve
 from minilora.errors import CheckpointError, ConfigError
 
@@ -55,6 +56,8 @@ def refused(source, flags):
 SAMPLES = {
     "model": ("some/where", '"some/where"', "some/where", {}),
     "train_file": ("mine.jsonl", '"mine.jsonl"', "mine.jsonl", {}),
+    "train_weights": ("0.5", "0.5", (0.5,), {}),
+    "deduplicate": ("true", "true", True, {}),
     "eval_file": ("v.jsonl", '"v.jsonl"', "v.jsonl", {}),
     "val_size": ("0.25", "0.25", 0.25, {}),
     "output_dir": ("runs/x y", '"runs/x y"', "runs/x y", {}),
@@ -65,6 +68,12 @@ SAMPLES = {
     "lora_dropout": ("0.5", "0.5", 0.5, {}),
     "target_modules": ("mlp", '["mlp"]', MLP, {}),
     "use_rslora": ("true", "true", True, {}),
+    "use_dora": ("true", "true", True, {}),
+    "init_lora_weights": ("pissa", '"pissa"', "pissa", {}),
+    "loraplus_lr_ratio": ("16", "16", 16.0, {}),
+    "adapter": ("mine", '"mine"', "mine", {}),
+    "load_in_4bit": ("true", "true", True, {}),
+    "load_in_8bit": ("true", "true", True, {}),
     "per_device_train_batch_size": ("2", "2", 2, {}),
     "gradient_accumulation_steps": ("3", "3", 3, {}),
     "num_train_epochs": ("0.5", "0.5", 0.5, {}),
@@ -75,6 +84,7 @@ SAMPLES = {
     "weight_decay": ("0.2", "0.2", 0.2, {}),
     "max_grad_norm": ("1", "1", 1.0, {}),
     "early_stopping_patience": ("2", "2", 2, {"val_size": 0.1}),
+    "neftune_noise_alpha": ("5", "5", 5.0, {}),
     "max_length": ("64", "64", 64, {}),
     "overlong": ("drop", '"drop"', "drop", {}),
     "on_bad_rows": ("skip", '"skip"', "skip", {}),
@@ -88,7 +98,9 @@ SAMPLES = {
     "device": ("cuda:1", '"cuda:1"', "cuda:1", {}),
     "seed": ("7", "7", 7, {}),
     "logging_steps": ("3", "3", 3, {}),
+    "report_to": ("tensorboard", '"tensorboard"', "tensorboard", {}),
     "eval_steps": ("5", "5", 5, {}),
+    "eval_samples": ("3", "3", 3, {"val_size": 0.1}),
     "save_steps": ("6", "6", 6, {}),
     "save_total_limit": ("0", "0", 0, {}),
 }
@@ -101,9 +113,16 @@ def test_every_field_has_a_sample():
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_every_field_by_flag_and_by_toml(name, called_with, tmp_path):
+def test_every_field_by_flag_and_by_toml(name, called_with, tmp_path, monkeypatch):
     word, toml, value, besides = SAMPLES[name]
+    if name == "adapter":  # it is looked into: this one's shape is that of the defaults
+        monkeypatch.chdir(tmp_path)
+        default = TrainConfig()
+        shape = (default.lora_r, default.lora_alpha, default.lora_dropout, default.target_modules, False)
+        adapter.write(Path("mine"), {"x": torch.zeros(1)}, adapter.AdapterConfig("", *shape), {})
     expected = {name: value, **besides}
+    if name == "adapter":
+        expected["target_modules"] = tuple(sorted(ATTN))
     others = [f"--{key}={other}" for key, other in besides.items()]
     dashed = name.replace("_", "-")
     empty, full = tmp_path / "empty.toml", tmp_path / "full.toml"
@@ -259,7 +278,8 @@ def test_a_misspelt_value_is_answered_with_the_nearest(key, value, answer):
 
 
 def test_presets_are_answered_with_the_nearest_too():
-    assert refused("lorra", {}) == ["'lorra' is no preset (demo, full, lora) and no .toml file. Did you mean lora?"]
+    presets = "demo, full, lora, qlora, quick"
+    assert refused("lorra", {}) == [f"'lorra' is no preset ({presets}) and no .toml file. Did you mean lora?"]
     assert "is no preset" in refused("Lora.json", {})[0]
 
 
@@ -279,11 +299,14 @@ OUT_OF_LIMITS = {
     "weight_decay": [-0.1, "inf"],
     "max_grad_norm": [-1, "nan", "inf"],
     "early_stopping_patience": [-1],
+    "neftune_noise_alpha": [-1, "nan", "inf"],
+    "loraplus_lr_ratio": [0, -1, 10001, "nan"],
     "max_length": [1, 0],
     "max_tokens_per_micro_batch": [-1],
     "seed": [-1],
     "logging_steps": [0],
     "eval_steps": [-1],
+    "eval_samples": [-1, 1001],
     "save_steps": [-1],
     "save_total_limit": [-1],
 }
@@ -346,6 +369,8 @@ def test_what_is_no_number(name, value, kind):
 )
 @pytest.mark.parametrize("value", ["7", "true", "[]", '["a"]', "1979-05-27", "{}"])
 def test_what_is_no_text(name, value, tmp_path):
+    if (name, value) == ("train_file", '["a"]'):
+        return  # a list of files
     (tmp_path / "c.toml").write_text(f"{name} = {value}")
     (line,) = refused(str(tmp_path / "c.toml"), {})
     assert f"{name} = " in line
@@ -514,6 +539,12 @@ def test_preset_demo_runs_offline_from_any_folder(monkeypatch, tmp_path):
     assert config.method == "lora"
 
 
+def test_presets_quick_and_qlora_are_lora_with_what_was_measured():
+    assert changed(resolve("quick", {}), resolve("lora", {})) == {"learning_rate": 1e-3, "num_train_epochs": 2}
+    assert resolve("qlora", {}).load_in_4bit
+    assert resolve("qlora", {}).learning_rate == resolve("quick", {}).learning_rate
+
+
 def test_an_at_sign_is_only_magic_in_presets(tmp_path):
     (tmp_path / "c.toml").write_text('model = "@demo/model"')
     assert resolve(str(tmp_path / "c.toml"), {}).model == "@demo/model"
@@ -522,7 +553,7 @@ def test_an_at_sign_is_only_magic_in_presets(tmp_path):
 
 def test_every_preset_is_good():
     presets = sorted((PACKAGE / "presets").glob("*.toml"))
-    assert [path.stem for path in presets] == ["demo", "full", "lora"]
+    assert [path.stem for path in presets] == ["demo", "full", "lora", "qlora", "quick"]
     for path in presets:
         resolve(path.stem, {})
 

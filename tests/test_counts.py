@@ -25,7 +25,7 @@ def test_peak_beyond_the_weights():
 
 
 def test_flops_are_those_of_the_formula():
-    """DESIGN section 5, its attention over the tokens that are seen: the causal half of the square, as kernels do it.
+    """By hand, attention over the tokens that are seen: the causal half of the square, as kernels do it.
 
     LoRA's own products are more than the formula, the first layer's needless d input less; attention over the whole
     square, or the gradient of a frozen weight, would be beyond the 3 %.

@@ -12,7 +12,7 @@ from conftest import randomize_lora, write_jsonl
 
 from minilora import adapter, cli, evaluate, generate, loop, model, run
 from minilora.data import IGNORE, Row, Turn
-from minilora.errors import DivergedError, OutOfMemoryError
+from minilora.errors import AdapterError, DivergedError, OutOfMemoryError
 from minilora.evaluate import Request, Scores, exact_match, questions, score, token_scores
 from minilora.generate import Sampling, answer_all
 from minilora.lora import inject
@@ -95,6 +95,30 @@ def test_the_numbers_are_those_of_plain_transformers(rows, tuned, load_tiny, tmp
         assert found.supervised_tokens == count
         assert scores.exact_match is None
     assert abs(expected["base"][0] - expected["adapter"][0]) > 0.01
+
+
+def test_the_token_budget_is_that_of_a_run(make_config, rows, monkeypatch):
+    """`eval` once had one of its own."""
+    config = make_config(eval_file=str(rows), max_tokens_per_micro_batch=0)
+    with StopRequest() as stop, ExitStack() as held:
+        expected = run.prepare(config, stop, held).state.max_tokens
+    really, budgets = evaluate.micro_batches, set()
+
+    def micro_batches(group, max_tokens, **keys):
+        budgets.add(max_tokens)
+        return really(group, max_tokens, **keys)
+
+    monkeypatch.setattr(evaluate, "micro_batches", micro_batches)
+    evaluate.evaluate(asked(eval_file=rows, model=config.model))
+    assert budgets == {expected}
+
+
+def test_merge_says_of_an_adapter_without_a_base_what_is_missing(tuned, tmp_path):
+    """It once looked for a model without a name."""
+    config = json.loads((tuned / "adapter_config.json").read_text())
+    (tuned / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(AdapterError, match="does not say which base it was trained on: give --model"):
+        merge(tuned, tmp_path / "merged")
 
 
 def test_logits_are_there_a_chunk_at_a_time():

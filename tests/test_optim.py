@@ -81,6 +81,25 @@ def test_only_what_is_trained_is_optimized(load_tiny):
     assert all(group["params"] for group in optimizer.param_groups)
 
 
+def test_the_groups_of_lora_plus(load_tiny):
+    """B's rate alone is multiplied (arXiv:2402.12354, section 4.1), not A's and not that of DoRA's magnitudes."""
+    model = load_tiny()
+    inject(model, ["q_proj", "up_proj"], rank=2, alpha=2, dora=True)
+    optimizer = make_optimizer(model, weight_decay=0.1, loraplus_lr_ratio=16.0)
+    found = {
+        id(param): (group["weight_decay"], group["lr_ratio"])
+        for group in optimizer.param_groups
+        for param in group["params"]
+    }
+    expected = {}
+    for layer in lora_layers(model).values():
+        expected |= {id(layer.lora_A): (0.1, 1.0), id(layer.lora_B): (0.1, 16.0)}
+        expected |= {id(layer.lora_magnitude_vector): (0.0, 1.0)}
+    assert found == expected
+    plain = make_optimizer(load_tiny().requires_grad_(True), weight_decay=0.1)
+    assert {group["lr_ratio"] for group in plain.param_groups} == {1.0}
+
+
 def test_a_step_is_adamw_by_the_paper():
     """arXiv:1711.05101, algorithm 2, in fp64 by hand, over three steps; the vector is not decayed."""
     torch.manual_seed(0)

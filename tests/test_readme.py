@@ -31,6 +31,7 @@ def for_the_test(command: str) -> str | None:
     command = re.sub(r"\bpython\b", sys.executable, command).replace(HUB_NAME, DEMO)
     if "train.py lora" in command or "train.py full" in command:
         command += f" --model {DEMO} --output_dir runs/preset"
+    command = command.replace("runs/lora-qwen2-0.5b-instruct-train", "runs/preset")
     if "train.py" in command and "--resume" not in command:
         command = re.sub(r" --num_train_epochs \d+", "", command) + " --max_steps 2 --eval_steps 2"
     return command
@@ -62,8 +63,9 @@ def test_the_run_folder_is_as_the_readme_shows_it(tmp_path):
     (shown,) = [block for block in blocks("text") if "runs/mine/config.json" in block]
     names = re.findall(r"^(?:runs/mine/|\s+)([\w.]+/?)\s", shown, re.M)
     assert {"config.json", "metrics.jsonl", "adapter/", "best/", "checkpoints/", "summary.json"} <= set(names)
+    flags = ["--max_steps", "1", "--eval_samples", "1", "--output_dir", str(tmp_path / "run")]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "demo", "--max_steps", "1", "--output_dir", str(tmp_path / "run")],
+        [sys.executable, str(ROOT / "train.py"), "demo", *flags],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -109,6 +111,22 @@ def test_the_file_tree_is_the_one_on_the_disk():
     named = set(re.findall(r"^\s*([\w.]+\.py)\s", tree, re.M))
     rooms = {path.name for path in (ROOT / "minilora").glob("*.py")} - {"__init__.py", "__main__.py"}
     assert named == rooms | {"train.py"}
+
+
+def test_each_cell_about_a_peer_has_its_source():
+    """What the README says of the others is what docs/peers.md shows; both leave open what nobody looked at."""
+
+    def cells(text: str, columns: int) -> list[list[str]]:
+        rows = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in re.findall(r"^\|.*\|$", text, re.M)]
+        return [row for row in rows if len(row) == columns]
+
+    (section,) = re.findall(r"^What each can do.*?(?=^## )", README, re.M | re.S)
+    (_, *names), _, *rows = cells(section, 9)
+    said = {(feature, who, cell) for feature, *line in rows for who, cell in zip(names, line, strict=True)}
+    assert {cell for *_, cell in said} == {"yes", "no", "partly", "-"}
+    _, _, *rows = cells((ROOT / "docs" / "peers.md").read_text("utf-8").split("## Cell by cell")[1], 5)
+    assert all(where for *_, where in rows)
+    assert {(feature, who, verdict) for feature, who, verdict, _, _ in rows} == {row for row in said if row[2] != "-"}
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)", README))))

@@ -1,0 +1,241 @@
+"""Every flavour of training side by side: the same steps on the same rows, each in a process of its own.
+
+    python benchmarks/flavours.py --model FOLDER --train_file rows.jsonl --steps 20
+
+lora, rslora, dora, lora+ (ratio 16), pissa, qlora (4 bit; where bitsandbytes is installed) and full (every weight, at a
+tenth of the rate), r 8, alpha 32, dropout 0.05 on q/k/v/o. The first rows are trained on, the --held_out rows after
+them are what "held-out" is computed on, before and after. Then, in another process, the adapter is loaded on the base
+in fp32 by peft and by minilora, and their logits on a held-out row are compared. Peak memory is that of training: on a
+CPU the process's resident memory, the interpreter's included. Prints one table and writes all figures to --out. Exit
+code 1: a flavour failed, or peft computes other logits; 2: bad arguments.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "minilora"
+FLAVOURS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "lora+": {"loraplus_lr_ratio": 16.0},
+    "pissa": {"init_lora_weights": "pissa"},
+    "qlora": {"load_in_4bit": True},
+    "full": {"method": "full"},
+}
+FULL_RATE = 0.1  # of the others' learning rate
+MAX_DIFFERENCE = 1e-4  # of logits in fp32, between peft and minilora
+COMPARED_TOKENS = 128
+HEAD = (
+    *("flavour", "loss, first step", "loss, last step", "held-out before", "held-out after", "peak memory GiB"),
+    *("tokens/s", "trained parameters", "result MB", "largest logit difference in peft"),
+)
+Result = dict[str, Any]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what cannot be obeyed; exit code 2."""
+        print(f"flavours.py: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; what cannot be obeyed is refused here."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="@demo/model", help="model folder; @ is the package's (default: the demo's)")
+    parser.add_argument("--train_file", default="@demo/train.jsonl", help="JSONL file of examples")
+    parser.add_argument("--flavours", default=",".join(FLAVOURS), help=f"of {', '.join(FLAVOURS)}")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--examples", type=int, default=8, help="of an optimizer step")
+    parser.add_argument("--held_out", type=int, default=32, help="rows after those that are trained on")
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
+    parser.add_argument("--flags", default="{}", help="JSON of further minilora keys")
+    parser.add_argument("--out", type=Path, default=Path("flavours.json"))
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # the process that trains or compares one flavour
+    args = parser.parse_args(argv)
+    for name in ("model", "train_file"):
+        path = getattr(args, name)
+        setattr(args, name, str(PACKAGE / path[1:]) if path.startswith("@") else path)
+    args.flavours = list(dict.fromkeys(args.flavours.split(",")))
+    unknown = [name for name in args.flavours if name not in FLAVOURS]
+    refusals = {
+        f"--flavours: {', '.join(unknown)}: there are {', '.join(FLAVOURS)}": bool(unknown),
+        "--steps, --examples and --held_out must be at least 1": min(args.steps, args.examples, args.held_out) < 1,
+        f"--model {args.model}: no model folder": not (Path(args.model) / "config.json").is_file(),
+        f"--train_file {args.train_file}: no such file": not Path(args.train_file).is_file(),
+        f"--out {args.out}: there is no such folder": not args.out.parent.is_dir(),
+        f"--flags {args.flags}: no JSON object": not is_object(args.flags),
+    }
+    for message, refused in refusals.items():
+        if refused:
+            parser.error(message)
+    return args
+
+
+def is_object(text: str) -> bool:
+    """Whether a text is a JSON object."""
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def split_rows(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """(the rows that are trained on, those held out), files in `folder`."""
+    lines = [line for line in Path(args.train_file).read_bytes().split(b"\n") if line.strip()]
+    wanted = args.steps * args.examples
+    if len(lines) <= args.held_out:
+        print(f"flavours.py: --train_file has {len(lines)} rows, --held_out takes {args.held_out}", file=sys.stderr)
+        raise SystemExit(2)
+    wanted = min(wanted, len(lines) - args.held_out)  # fewer: several passes over them
+    train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
+    train.write_bytes(b"\n".join(lines[:wanted]) + b"\n")
+    held_out.write_bytes(b"\n".join(lines[wanted : wanted + args.held_out]) + b"\n")
+    return train, held_out
+
+
+def keys_of(flavour: str, args: argparse.Namespace, rows: tuple[Path, Path], folder: Path) -> Result:
+    """The keys of a flavour's run."""
+    rate = args.learning_rate * (FULL_RATE if flavour == "full" else 1)
+    keys = {"model": args.model, "device": args.device, "max_steps": args.steps, "eval_steps": args.steps}
+    keys |= {"train_file": str(rows[0]), "eval_file": str(rows[1]), "output_dir": str(folder / flavour)}
+    keys |= {"per_device_train_batch_size": args.examples, "gradient_accumulation_steps": 1, "learning_rate": rate}
+    return keys | FLAVOURS[flavour] | json.loads(args.flags)
+
+
+def train_one(keys: Result) -> Result:
+    """Train one flavour in this process, and say how it went."""
+    from minilora import loop, output
+    from minilora.config import resolve
+
+    output.sample_answers = lambda _: [""] * len(output.SAMPLE_PROMPTS)  # how it speaks is not measured here
+    summary = loop.train(resolve("lora", keys))
+    result = Path(keys["output_dir"]) / summary.result
+    names = ("first_loss", "last_loss", "first_eval_loss", "last_eval_loss", "peak_memory_bytes", "tokens_per_second")
+    names += ("trainable_parameters", "seconds", "steps", "tokens")
+    found = {name: getattr(summary, name) for name in names}
+    found["result_bytes"] = sum(path.stat().st_size for path in result.glob("*.safetensors"))
+    return found | ({"adapter": str(result)} if summary.result == "adapter" else {})
+
+
+def compare_one(keys: Result) -> Result:
+    """The largest difference of logits between peft and minilora, each with the adapter on the base in fp32."""
+    import gc
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from minilora.data import read_rows
+    from minilora.generate import load_speaker, probe_logits
+
+    speaker = load_speaker(keys["model"], keys["adapter"], "float32", "cpu")
+    turns = read_rows(keys["eval_file"])[0][0].turns
+    ids = speaker.markup.prompt_ids(turns, speaker.system_prompt)[:COMPARED_TOKENS]
+    ours = probe_logits(speaker.model, ids)
+    del speaker
+    gc.collect()
+    base = AutoModelForCausalLM.from_pretrained(
+        keys["model"], dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
+    theirs = probe_logits(PeftModel.from_pretrained(base, keys["adapter"]), ids)
+    return {"max_logit_difference": float((theirs - ours).abs().max()), "compared_tokens": len(ids)}
+
+
+JOBS = {"train": train_one, "compare": compare_one}
+
+
+def in_a_process(job: str, keys: Result) -> Result:
+    """A job in a process of its own; a failure is told in its last line."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, str(Path(__file__)), "--job", json.dumps([job, keys]), "--out", str(out)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+        if done.returncode == 0 and out.exists():
+            return json.loads(out.read_text("utf-8"))
+        lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+        return {"failed": f"signal {-done.returncode}" if done.returncode < 0 else lines[-1]}
+
+
+def measure(keys: Result) -> Result:
+    """Train a flavour; where an adapter comes out, see what peft makes of it."""
+    found = in_a_process("train", keys)
+    if "adapter" not in found:
+        return found
+    checked = in_a_process("compare", keys | {"adapter": found["adapter"]})
+    return found | ({"failed_in_peft": checked["failed"]} if "failed" in checked else checked)
+
+
+def difference_of(result: Result) -> str:
+    """The last cell of a row."""
+    if "failed_in_peft" in result:
+        return f"failed: {result['failed_in_peft']}"
+    return f"{result['max_logit_difference']:.1e}" if "max_logit_difference" in result else "no adapter"
+
+
+def row(cells: tuple[str, ...]) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def table(found: dict[str, Result]) -> str:
+    """All flavours as Markdown."""
+    lines = [row(HEAD), row(("---",) * len(HEAD))]
+    for flavour, result in found.items():
+        if "failed" in result:
+            lines.append(row((flavour, f"failed: {result['failed']}", *("",) * (len(HEAD) - 2))))
+            continue
+        losses = (result[key] for key in ("first_loss", "last_loss", "first_eval_loss", "last_eval_loss"))
+        cells = [flavour, *(f"{loss:.4f}" for loss in losses), f"{result['peak_memory_bytes'] / 2**30:.2f}"]
+        cells += [f"{result['tokens_per_second']:,.1f}", f"{result['trainable_parameters']:,}"]
+        lines.append(row((*cells, f"{result['result_bytes'] / 1e6:,.1f}", difference_of(result))))
+    return "\n".join(lines)
+
+
+def is_good(result: Result) -> bool:
+    """Whether a flavour was trained and peft computes the same."""
+    return not {"failed", "failed_in_peft"} & set(result) and result.get("max_logit_difference", 0) <= MAX_DIFFERENCE
+
+
+def main(argv: list[str]) -> int:
+    """Measure every flavour in turn; or, for --job, do this one."""
+    args = parse(argv)
+    if args.job:
+        job, keys = json.loads(args.job)
+        args.out.write_text(json.dumps(JOBS[job](keys)), "utf-8")
+        return 0
+    if "qlora" in args.flavours and importlib.util.find_spec("bitsandbytes") is None:
+        args.flavours.remove("qlora")
+        print("qlora: left out, bitsandbytes is not installed", flush=True)
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        rows = split_rows(args, Path(name))
+        for flavour in args.flavours:
+            found[flavour] = measure(keys_of(flavour, args, rows, Path(name)))
+            print(f"{flavour}: {found[flavour].get('failed', 'done')}", flush=True)
+    about = {name: metadata.version(name) for name in ("torch", "transformers", "peft")} | {"cores": os.cpu_count()}
+    about |= {"date": datetime.now(UTC).isoformat(timespec="minutes"), "arguments": argv}
+    results = {"about": about, "results": found}
+    args.out.write_text(json.dumps(results, indent=2, ensure_ascii=False), "utf-8")
+    print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"\n{table(found)}")
+    return int(not all(map(is_good, found.values())))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

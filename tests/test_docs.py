@@ -1,0 +1,219 @@
+"""What the documents say: their commands run, their code is the package's, their links and names lead somewhere."""
+
+import contextlib
+import io
+import re
+import shlex
+import textwrap
+from pathlib import Path
+
+import pytest
+from test_readme import ROOT, for_the_test
+from test_rooms import MAX_FUNCTION_LINES, MAX_STEP_LINES, MAX_STORY_LINES
+
+import minilora
+from minilora import cli
+from minilora.config import FIELDS
+
+DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
+OTHER_FLAGS = {"max", "nproc", "repeat"}  # how those of vllm, torchrun and the benchmarks begin
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path) -> list[tuple[str, str]]:
+    """(info string, content) of each fenced block."""
+    return re.findall(r"^```([^\n]*)\n(.*?)^```$", path.read_text("utf-8"), re.M | re.S)
+
+
+def prose(path: Path) -> str:
+    """A document without its fenced blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text("utf-8"), flags=re.M | re.S)
+
+
+# ---------------------------------------------------------------------------------------- commands
+
+
+def told_by(block: str) -> str:
+    """What the commands of a block print, run one after the other in this process."""
+    told = io.StringIO()
+    for command in filter(None, map(str.strip, block.splitlines())):
+        changed = for_the_test(command)
+        assert changed is not None, f"no test runs this: {command}"
+        words = shlex.split(changed)[1:]
+        argv = ["train", *words[1:]] if words[0] == "train.py" else words[2:]
+        assert words[0] == "train.py" or words[:2] == ["-m", "minilora"], command
+        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(io.StringIO()) as errors:
+            code = cli.main(argv)
+        assert code == 0, f"{command}\n{changed}\n{errors.getvalue()[-2000:]}"
+    return told.getvalue()
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory):
+    """(its folder, what is shown and what was told) of the walkthrough's commands, in the order of the document."""
+    folder, shown, told = tmp_path_factory.mktemp("clone"), [], ""
+    for name in ("train.py", "data", "minilora"):
+        (folder / name).symlink_to(ROOT / name)
+    with contextlib.chdir(folder):
+        for language, content in blocks(ROOT / "docs" / "walkthrough.md"):
+            if language == "bash":
+                told = told_by(content)
+            elif language == "text":
+                shown.append((content, told))
+    return folder, shown
+
+
+def measured(line: str) -> str:
+    """A line without the digits of what is computed in floating point, whose last ones are each machine's own."""
+    return re.sub(r"-?\d+\.\d+", "#", line).rstrip()
+
+
+def test_the_commands_of_the_walkthrough_print_what_it_shows(walked):
+    assert len(walked[1]) >= 3
+    for content, told in walked[1]:
+        lines = {measured(line) for line in told.splitlines()}
+        missing = [line for line in content.splitlines() if measured(line) not in lines]
+        assert not missing, f"{missing}\nnot in\n{told}"
+
+
+def test_the_commands_of_the_questions_run(walked):
+    content = [content for language, content in blocks(ROOT / "docs" / "faq.md") if language == "bash"]
+    assert content
+    with contextlib.chdir(walked[0]):
+        for block in content:
+            told_by(block)
+
+
+# ---------------------------------------------------------------------------------------- code and names
+
+QUOTED = [
+    pytest.param(path, language.split()[1], content, id=f"{named(path)}:{content.split()[0]}")
+    for path in DOCUMENTS
+    for language, content in blocks(path)
+    if language.startswith("python ")
+]
+
+
+@pytest.mark.parametrize(("path", "file", "content"), QUOTED)
+def test_quoted_code_is_the_code(path, file, content):
+    """The lines stand in the file as they are quoted, one after the other; only the indentation of all is left out."""
+    source, wanted = (ROOT / file).read_text("utf-8").splitlines(), content.splitlines()
+    found = [
+        at
+        for at in range(len(source))
+        if textwrap.dedent("\n".join(source[at : at + len(wanted)])).splitlines() == wanted
+    ]
+    assert found, f"{named(path)} quotes what is not in {file}:\n{content}"
+    assert file in prose(path), f"{named(path)} does not say where this stands: {file}"
+
+
+def test_the_walkthrough_quotes_the_whole_story():
+    files = {file for path, file, _ in (param.values for param in QUOTED) if path.name == "walkthrough.md"}
+    rooms = ("data", "lora", "batching", "loss", "loop", "optim", "adapter", "finish")
+    assert files == {f"minilora/{room}.py" for room in rooms}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_links_lead_somewhere(path):
+    headings = {}
+    for target in DOCUMENTS:
+        titles = re.findall(r"^#+ (.*)$", prose(target), re.M)
+        headings[target] = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", prose(path)):
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in headings[target], link
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_tests_that_are_named_are_there(path):
+    file = ""
+    for name, test in re.findall(r"`(?:(tests/\w+\.py))?(?:::(test_\w+\*?))?`", path.read_text("utf-8")):
+        file = name or file
+        if not test:
+            continue
+        defined = re.findall(r"^def (\w+)", (ROOT / file).read_text("utf-8"), re.M)
+        assert [each for each in defined if re.fullmatch(test.replace("*", ".*"), each)], f"{file}::{test}"
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name != "peers.md"], ids=named)
+def test_flags_and_verbs_that_are_named_are_there(path):
+    known = {*FIELDS, *OTHER_FLAGS, "help", *re.findall(r'"--(\w+)"', Path(cli.__file__).read_text("utf-8"))}
+    text = path.read_text("utf-8")
+    spans = re.findall(r"`([^`\n]+)`", text)
+    for flag in re.findall(r"(?<![\w-])--([a-z]\w*)", " ".join(spans)):
+        assert flag in known, f"--{flag}"
+    for verb in re.findall(r"`(?:python -m )?minilora ([a-z]+)\b", text):
+        assert verb in cli.VERBS, verb
+
+
+# ---------------------------------------------------------------------------------------- two languages
+
+ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+CELLS = {"有": "yes", "无": "no", "部分": "partly"}
+
+
+def tables(path: Path) -> list[list[str]]:
+    """The cells of each row of all tables, without its first one, which is in words."""
+    rows = re.findall(r"^\|.*\|$", prose(path), re.M)
+    return [[CELLS.get(cell.strip(), cell.strip()) for cell in row.strip("|").split("|")[1:]] for row in rows]
+
+
+def numbers(text: str) -> list[str]:
+    return re.findall(r"\d+(?:[.,]\d+)*", text)
+
+
+def test_both_languages_show_the_same_code():
+    """To the letter; of a list of files the names, as what stands beside them is translated."""
+    for (language, english), (too, chinese) in zip(blocks(ENGLISH), blocks(CHINESE), strict=True):
+        assert language == too
+        if language == "text" and english != chinese:
+            first_words = [re.findall(r"^ *\S*", block, re.M) for block in (english, chinese)]
+            assert first_words[0] == first_words[1]
+        else:
+            assert english == chinese
+
+
+def test_both_languages_have_the_same_tables():
+    heads = 0
+    for english, chinese in zip(tables(ENGLISH), tables(CHINESE), strict=True):
+        if numbers(" ".join(english)) or set(english) <= {*CELLS.values(), "-", "---"}:
+            assert english == chinese
+        else:
+            heads += 1
+            assert len(english) == len(chinese)
+    assert heads <= 2  # of this many tables the columns' names are translated
+
+
+def test_both_languages_say_the_same():
+    """As far as it can be seen without reading: sections, names in code, numbers, links."""
+    english, chinese = (re.sub(r"^\|.*\|$", "", prose(path), flags=re.M) for path in (ENGLISH, CHINESE))
+    assert re.findall(r"^#+ ", english, re.M) == re.findall(r"^#+ ", chinese, re.M)
+    for what in (r"`([^`]+)`", r"\]\(((?!README)[^)]+)\)"):
+        said = [{" ".join(found.split()) for found in re.findall(what, text)} for text in (english, chinese)]
+        assert said[0] == said[1], said[0] ^ said[1]
+    assert set(numbers(english)) == set(numbers(chinese)), set(numbers(english)) ^ set(numbers(chinese))
+
+
+# ---------------------------------------------------------------------------------------- the rest of the documents
+
+
+def test_the_change_log_begins_with_this_version():
+    versions = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.M)
+    assert versions[0] == minilora.__version__
+
+
+def test_the_limits_that_contributors_are_told_are_those_that_hold():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    for number, words in ((MAX_FUNCTION_LINES, "lines"), (MAX_STORY_LINES, "lines"), (MAX_STEP_LINES, "lines")):
+        assert re.search(rf"\b{number} {words}", text), number
+
+
+def test_contributors_run_what_the_checks_run():
+    checks = (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
+    (commands,) = [content for language, content in blocks(ROOT / "CONTRIBUTING.md") if language == "bash"]
+    assert set(commands.splitlines()) <= set(checks)

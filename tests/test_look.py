@@ -1,0 +1,206 @@
+"""`minilora inspect`: its probabilities are those of plain transformers, at the last position, over all tokens."""
+
+import json
+
+import pytest
+import torch
+from conftest import randomize_lora
+from pages import Page
+
+from minilora import adapter, cli, generate, look, model
+from minilora.errors import DataError, DivergedError
+from minilora.look import inspect, token_text
+from minilora.lora import inject
+
+SEEDS_TEXT = "猴子喜欢吃香蕉，兔子喜欢吃"
+SYSTEM = "Be brief."
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_folder, tmp_path_factory):
+    """An adapter's folder, trained, as it were, under a system prompt of its own."""
+    tiny = model.load_model(tiny_folder, torch.float32, torch.device("cpu"))
+    identity = model.fingerprint(tiny)
+    targets = ("q_proj", "v_proj", "up_proj")
+    inject(tiny, targets, rank=4, alpha=8)
+    randomize_lora(tiny, std=0.1)
+    folder = tmp_path_factory.mktemp("tuned") / "adapter"
+    settings = adapter.AdapterConfig(str(tiny_folder), 4, 8, 0.0, targets, False)
+    adapter.save(folder, tiny, settings, {"base_fingerprint": identity, "system_prompt": SYSTEM})
+    return folder
+
+
+@pytest.fixture
+def speaker(tiny_folder):
+    return generate.load_speaker(str(tiny_folder), None, "float32", "cpu")
+
+
+@torch.no_grad()
+def directly(folder, ids, adapter_folder=None):
+    """Probabilities of the next token by transformers (and PEFT) alone. (vocabulary,)"""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if adapter_folder:
+        from peft import PeftModel
+
+        plain = PeftModel.from_pretrained(plain, str(adapter_folder)).eval()
+    return torch.softmax(plain(torch.tensor([ids])).logits[0, -1], dim=-1)
+
+
+def tokenizer_of(folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------- the numbers
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_probabilities_are_those_of_transformers_and_peft(raw, tiny_folder, tuned):
+    """Over the whole vocabulary, base and adapter: another position, or fewer tokens, and they would differ."""
+    tokenizer = tokenizer_of(tiny_folder)
+    speaker = generate.load_speaker(None, str(tuned), "float32", "cpu")
+    found = inspect(speaker, SEEDS_TEXT, raw, top_k=10**6)
+    if raw:
+        ids = tokenizer(SEEDS_TEXT)["input_ids"]
+    else:
+        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": SEEDS_TEXT}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text)["input_ids"]
+    assert [token.id for token in found.tokens] == ids
+    assert found.system_prompt == ("" if raw else SYSTEM)
+    expected = {"base": directly(tiny_folder, ids), "adapter": directly(tiny_folder, ids, tuned)}
+    assert len(found.candidates) == len(expected["base"])
+    assert (expected["base"] - expected["adapter"]).abs().max() > 1e-4
+    for name, chances in expected.items():
+        by_id = {candidate.id: candidate.probability[name] for candidate in found.candidates}
+        assert max(abs(by_id[id] - float(chances[id])) for id in range(len(chances))) < 1e-6
+        assert sum(by_id.values()) == pytest.approx(1, abs=1e-9)
+        ranked = sorted(by_id, key=lambda id: -by_id[id])
+        assert {candidate.id: candidate.rank[name] for candidate in found.candidates}[ranked[4]] == 5
+        (likeliest,) = [candidate for candidate in found.candidates if candidate.rank[name] == 1]
+        assert likeliest.id == int(chances.argmax())
+        assert found.predicted[name] == likeliest.text
+    last = [candidate.probability["adapter"] for candidate in found.candidates]
+    assert last == sorted(last, reverse=True)
+
+
+def test_the_shapes_and_the_embeddings(speaker):
+    found = inspect(speaker, SEEDS_TEXT, raw=True, top_k=3)
+    weight = speaker.model.get_input_embeddings().weight
+    assert found.embedding_shape == (len(found.tokens), weight.shape[1])
+    assert found.logits_shape == (len(found.tokens), weight.shape[0])
+    for token in found.tokens:
+        assert token.embedding == weight[token.id, : look.FIRST_VALUES].tolist()
+    assert len(found.candidates) == 3
+    assert list(found.predicted) == ["base"]
+
+
+def test_each_model_brings_its_own_best(tuned):
+    speaker = generate.load_speaker(None, str(tuned), "float32", "cpu")
+    found = inspect(speaker, "red stone", raw=True, top_k=4)
+    for name in ("base", "adapter"):
+        best = sorted(candidate.rank[name] for candidate in found.candidates)[:4]
+        assert best == [1, 2, 3, 4]
+    assert 4 <= len(found.candidates) <= 8
+
+
+def test_broken_weights_make_no_probabilities(speaker):
+    with torch.no_grad():
+        speaker.model.model.norm.weight[0] = float("nan")
+    with pytest.raises(DivergedError, match="base: its logits are not finite"):
+        inspect(speaker, "red", raw=True, top_k=3)
+
+
+# ---------------------------------------------------------------------------------------- tokens as text
+
+
+@pytest.mark.parametrize("text", [SEEDS_TEXT, "red  stone\n\tbird", "鱻 🦜 naïve", "\x00\x1b[31m\u2028\u202e"])
+def test_the_tokens_together_are_the_text(speaker, text):
+    """Byte by byte: a rare character is several tokens, none of which is a character."""
+    ids = speaker.tokenizer(text)["input_ids"]
+    pieces = [token_text(speaker.tokenizer, id) for id in ids]
+    assert "�" not in "".join(pieces)
+    bytes_of = b"".join(piece.encode() for piece in pieces).decode("unicode_escape").encode("latin-1")
+    assert bytes_of.decode() == text
+
+
+def test_control_tokens_and_ids_without_a_token(speaker):
+    assert token_text(speaker.tokenizer, speaker.markup.end) == "<|im_end|>"
+    assert token_text(speaker.tokenizer, len(speaker.tokenizer)) == f"[no token {len(speaker.tokenizer)}]"
+
+
+def test_what_cannot_be_seen_is_spelled():
+    assert look.visible("a\n\x1b[31m\u202e猴 b") == "a\\n\\x1b[31m\\u202e猴 b"
+    assert [len(look.padded(text, 6)) for text in ("ab", "猴子", "a\u0301")] == [6, 4, 7]
+
+
+# ---------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_shows_both_side_by_side(tuned, tmp_path, capsys):
+    html, output = tmp_path / "page.html", tmp_path / "found.json"
+    flags = ["--dtype", "float32", "--top_k", "5", "--html", html, "--json", output]
+    assert cli.main(list(map(str, ["inspect", "--adapter", tuned, *flags, "<b>猴子</b>"]))) == 0
+    said = capsys.readouterr().out
+    found = json.loads(output.read_text())
+    assert [*found["predicted"]] == ["base", "adapter"]
+    page = Page(html.read_text())
+    assert "<b>猴子</b>" in page.of("p")
+    for candidate in found["candidates"]:
+        for name in ("base", "adapter"):
+            shown = f"{100 * candidate['probability'][name]:.4f} %"
+            assert shown in said
+            assert shown in page.text
+    assert found["tokens"][0]["text"] == "<|im_start|>"
+    assert SYSTEM in said
+    assert SYSTEM in page.text
+    tokens, hidden = found["embedding_shape"]
+    for text in (said, page.text):
+        assert f"({tokens}, {hidden})" in text
+        assert f"({tokens}, {found['logits_shape'][1]:,})" in text
+        assert f"position {tokens - 1}" in text
+
+
+def test_a_long_text_is_shown_from_both_ends(speaker, capsys):
+    found = inspect(speaker, "red bird " * 80, raw=True, top_k=2)
+    look.show(found)
+    said = capsys.readouterr().out
+    assert f"... and {len(found.tokens) - look.SHOWN_TOKENS} more" in said
+    assert f" {len(found.tokens) - 1:>5} " in said
+    assert len(said.splitlines()) < look.SHOWN_TOKENS + 15
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--raw", ""], "the text is empty"),
+        (["--raw", "red " * 600], "this model takes 512"),
+        (["red " * 600], "this model takes 511"),
+        (["--raw", "\udcff"], "not UTF-8"),
+        (["\udcff"], "not UTF-8"),
+    ],
+)
+def test_texts_that_cannot_be(flags, message, tiny_folder, capsys):
+    assert cli.main(["inspect", "--model", str(tiny_folder), "--dtype", "float32", *flags]) == DataError.exit_code
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--top_k", "0"], "--top_k must be at least 1"),
+        (["--raw", "--system_prompt", "x"], "leave --system_prompt out"),
+        (["--html", "/"], "--html /: it is a folder"),
+        (["--json", "/nowhere/x"], "--json /nowhere/x: it is a folder, or there is none"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_loaded(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr("minilora.generate.load_speaker", lambda *args: pytest.fail("a model was loaded"))
+    assert cli.main(["inspect", "--model", "x", *flags, "text"]) == 2
+    assert message in capsys.readouterr().err
