@@ -33,6 +33,7 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.advice = ""  # how to go on when one of them is gone
         self.lockstep = False  # shards are gathered in every micro-batch: the processes must go through it together
         self._agreed: Exception | None = None  # the error that all processes have raised
         self._tensors: Any = None  # the group that sums tensors
@@ -125,7 +126,8 @@ class World:
         return [each["word"] for each in said]
 
     def _lost(self) -> RankError:
-        lost = RankError("another process of this run is gone, or does not answer; what was saved before is intact")
+        text = "another process of this run is gone, or does not answer; what was saved before is intact."
+        lost = RankError(text + self.advice)
         self._agreed = lost
         return lost
 

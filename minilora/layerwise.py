@@ -12,6 +12,8 @@ from minilora.adapter import AdapterConfig, Update, fill
 from minilora.lora import inject
 from minilora.model import empty_model, num_layers, weight_files
 
+HEAD_ROWS = 8192  # of the vocabulary, in fp32 at a time
+
 
 def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor of a safetensors file, in a mapping of its own, which goes when the tensor goes."""
@@ -36,16 +38,20 @@ def layerwise_logits(
 
     config, updates: the adapter's, as `adapter.read_updates` gives them. (tokens, vocabulary)
     """
-    model = empty_model(folder, torch.float32, num_layers(folder))
-    body = model.model
-    body.rotary_emb = type(body.rotary_emb)(config=model.config)  # holds no weights: nothing would fill it
+    body = empty_model(folder, torch.float32, num_layers(folder)).model.eval()
+    body.rotary_emb = type(body.rotary_emb)(config=body.config)  # holds no weights: nothing would fill it
     files = homes(folder)
-    parts: dict[str, nn.Module] = {f"model.layers.{i}": layer for i, layer in enumerate(body.layers)}
-    parts |= {"model.embed_tokens": body.embed_tokens, "model.norm": body.norm, "lm_head": model.lm_head}
-    for name, part in parts.items():
+    layers = {f"model.layers.{i}": layer for i, layer in enumerate(body.layers)}
+    for name, part in {**layers, "model.norm": body.norm}.items():
         part.register_forward_pre_hook(_loader(name, files, config, updates or {}))
         part.register_forward_hook(lambda part, *_: part.to("meta") and None)  # what it held is given free
-    return model.eval()(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    embedding = read_tensor(files["model.embed_tokens.weight"], "model.embed_tokens.weight")
+    embedded = embedding[torch.tensor([list(ids)])].float()  # (1, tokens, hidden)
+    del embedding  # the largest tensors are never there in fp32
+    hidden = body(inputs_embeds=embedded, use_cache=False).last_hidden_state[0]
+    head = "lm_head.weight" if "lm_head.weight" in files else "model.embed_tokens.weight"  # tied
+    parts = read_tensor(files[head], head).split(HEAD_ROWS)
+    return torch.cat([hidden @ part.float().T for part in parts], -1)
 
 
 def _loader(name: str, files: Mapping[str, Path], config: AdapterConfig | None, updates: Mapping[str, Update]) -> Any:
@@ -53,8 +59,6 @@ def _loader(name: str, files: Mapping[str, Path], config: AdapterConfig | None, 
 
     def load(part: nn.Module, _: Any) -> None:
         names = {key: f"{name}.{key}" for key in part.state_dict()}
-        if name == "lm_head" and "lm_head.weight" not in files:  # tied
-            names = {"weight": "model.embed_tokens.weight"}
         part.load_state_dict({key: read_tensor(files[full], full).float() for key, full in names.items()}, assign=True)
         if config is not None and own:
             inject(part, config.target_modules, config.rank, config.alpha, rslora=config.rslora, dora=config.dora)

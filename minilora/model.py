@@ -235,7 +235,10 @@ def _refuse_inexact(config: Any) -> None:
     """Packed attention is full causal attention: a model with another kind would be trained on the wrong function."""
     kind = f"model type {config.model_type}"
     if getattr(config, "quantization_config", None):
-        raise ModelError("this model's files hold quantised weights: give the original as --model, and --load_in_4bit.")
+        where = config.name_or_path
+        raise ModelError(
+            f"{where}: its files hold quantised weights: give the original as --model, and --load_in_4bit."
+        )
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if others:
         raise ModelError(

@@ -31,6 +31,7 @@ from minilora.watch import Watch, as_on, to_fake
 LAYERS = (2, 3)
 STRETCHES = ("forward", "loss", "backward", "first layer's backward", "update")  # of a step, each with its own peak
 STEPS_LOOKED_AT = 64
+GATHERED = 3  # layers that a process holds whole: the one at work, the next, and the buffer in which it came
 USABLE = 0.9  # of what a device has free: allocators lose some to rounding, kernels take some for themselves
 
 
@@ -48,6 +49,7 @@ class Setup:
     dtype: torch.dtype  # of the matrix products
     device_type: str
     checkpointing: bool
+    shards: int = 1  # processes that share the base out (--fsdp)
 
     def changed(self, **keys: Any) -> "Setup":
         """The same with other settings of TrainConfig."""
@@ -136,7 +138,30 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
         raise RuntimeError(f"a step of {len(watch.peaks_bytes)} stretches")
     adapter = 0 if full else num_bytes(trained)
     weights = num_bytes([*model.parameters(), *model.buffers()]) - adapter
-    return Memory(weights, adapter, num_bytes(moments), num_bytes(gradients), saved, tuple(watch.peaks_bytes))
+    memory = Memory(weights, adapter, num_bytes(moments), num_bytes(gradients), saved, tuple(watch.peaks_bytes))
+    return in_parts(memory, setup, model) if setup.shards > 1 else memory
+
+
+def in_parts(memory: Memory, setup: Setup, model: Any) -> Memory:
+    """The same where each of setup.shards processes has a part of every layer (see `shard`), and gathers some."""
+    full = setup.config.method == "full"
+    layer = num_bytes(p for p in model.get_decoder().layers[-1].parameters() if full or not p.requires_grad)
+    layers = layer * len(model.get_decoder().layers)
+    if not full:
+        return dataclasses.replace(memory, weights=memory.weights - layers + layers / setup.shards + GATHERED * layer)
+    narrow = setup.dtype.itemsize / torch.float32.itemsize  # layers are gathered in the type of the matrix products
+    embedding = num_bytes([model.get_input_embeddings().weight])
+    keeps_casts = not setup.checkpointing and narrow < 1  # a whole model does, for its backward pass
+    casts = layers * narrow if keeps_casts else 0.0
+    gathered = GATHERED * layer * narrow + GATHERED * embedding  # the embedding, and the head, in fp32
+    return Memory(
+        memory.weights / setup.shards + gathered,
+        memory.adapter,
+        memory.optimizer / setup.shards,
+        memory.gradients / setup.shards + layer * (1 + narrow) + embedding,  # of a layer: its own, and what is added up
+        memory.saved - casts,
+        tuple(peak - casts for peak in memory.peaks[:3]) + memory.peaks[3:],
+    )
 
 
 def tensors_of(batch: Batch) -> dict[str, Tensor]:

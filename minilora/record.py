@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,15 +107,9 @@ def stopped(run: Run, error: StoppedError) -> None:
     """Save what was done before a signal; the error then says where, and how to go on."""
     if run.state.step:
         saved = save_checkpoint(run)
-        error.args = (f"{error}; saved {saved}. Go on with: {resume_command(run)}",)
+        error.args = (f"{error}; saved {saved}. Go on with: {run.resume_command}",)
     else:
         error.args = (f"{error} before the first step was done: there was nothing to save",)
-
-
-def resume_command(run: Run) -> str:
-    """The command that goes on with a run."""
-    start = "python" if run.world.size == 1 else f"torchrun --nproc-per-node {run.world.size}"
-    return f"{start} train.py --resume {shlex.quote(str(run.folder))}"
 
 
 def weights_are_finite(run: Run) -> bool:

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import reprlib
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -79,6 +80,12 @@ class Run:
         """Whether a micro-batch computes what all its rows begin with only once."""
         return shares_prefix(self.config, self.device.type)
 
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with this run."""
+        start = "python" if self.world.size == 1 else f"torchrun --nproc-per-node {self.world.size}"
+        return f"{start} train.py --resume {shlex.quote(str(self.folder))}"
+
     def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """The micro-batches that this process takes of the examples of a step, on its device."""
         cut = (self.state.max_tokens, self.share_prefix)
@@ -133,7 +140,8 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
     longest = longest_allowed(config, base_folder, notes)
     sets = make_sets(config, sources, markup, longest)
     schedule = schedule_of(config, sets, world.size)
-    setup = Setup(config, base_folder, dtype, device.type, bool(config.gradient_checkpointing))
+    shards = world.size if config.fsdp else 1
+    setup = Setup(config, base_folder, dtype, device.type, bool(config.gradient_checkpointing), shards)
     choice = _choose_cut(setup, sets.train, schedule, device, resumed_from, world)
     before_loading = memory_bytes(device)
     model, base_fingerprint = _trainable_model(config, base_folder, dtype, device, choice.checkpointing, begun, world)
@@ -170,6 +178,7 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
         predicted_peak_bytes=_predicted_peak(choice, device, before_loading),
         saved_step=kept_step,
     )
+    world.advice = f" Go on with: {run.resume_command}"
     if header and world.main:
         _header(run, sources.reports, [*notes, *choice.notes])
     return run

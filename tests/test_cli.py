@@ -117,7 +117,10 @@ def test_the_verbs_are_listed(capsys):
     ("command", "answer"),
     [
         ([*TRAIN, "--learning_rat", "1"], "unknown argument '--learning_rat' Did you mean --learning_rate?"),
-        ([*TRAIN, "lorra"], "'lorra' is no preset (demo, full, lora) and no .toml file. Did you mean lora?"),
+        (
+            [*TRAIN, "lorra"],
+            "'lorra' is no preset (demo, full, lora, qlora, quick) and no .toml file. Did you mean lora?",
+        ),
         ([*TRAIN, "--lora_r", "0"], "lora_r = 0 must be at least 1."),
         ([*MODULE, "tran"], "there is no verb 'tran'"),
     ],

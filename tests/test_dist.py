@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -21,7 +22,9 @@ import pytest
 import torch
 from conftest import randomize_lora, relative_error, write_jsonl
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import scaling
 from minilora import checkpoint, cli, dist, loop, run
 from minilora.batching import share
 from minilora.checkpoint import Identity
@@ -89,6 +92,7 @@ def _in_child(rank: int, size: int, port: int, work, log: Path, writing: int) ->
         sys.stderr = os.fdopen(2, "w", closefd=False)
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the parent, which `cli.main` may have started
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
         answer, code = work(rank), 0
     except MiniloraError as error:
@@ -464,6 +468,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(make_config, start
     code, said = ended[1 - killed]
     assert code == 1
     assert "another process of this run is gone" in said
+    assert f"torchrun --nproc-per-node 2 train.py --resume {config.output_dir}" in said
     assert time.monotonic() - sent < 10
     found, _ = checkpoint.newest_valid(Path(config.output_dir))
     step = int(found.name[5:])
@@ -677,6 +682,53 @@ def test_a_signal_to_one_process_of_shards_stops_all(make_config, world):
     ended = world(2, work)
     assert [code for code, _ in ended] == [143, 143]
     assert checkpoint.newest_valid(Path(config.output_dir))[0].name == "step-000002"
+
+
+class Traffic(TorchDispatchMode):
+    """Inside, adds up what collectives leave in this process: bytes received in a ring, by kind."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.received = size, Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if "allreduce_" in name:
+            kind, tensors, rounds = "added", args[0], 2
+        elif "allgather_base_" in name or "_reduce_scatter_base_" in name:
+            kind = "gathered" if "gather" in name else "scattered"
+            tensors, rounds = [args[0] if kind == "gathered" else args[1]], 1
+        elif "_c10d_functional.all_gather_into_tensor" in name or "_c10d_functional.reduce_scatter_tensor" in name:
+            kind = "gathered" if "gather" in name else "scattered"
+            whole = args[0].numel() * (self.size if kind == "gathered" else 1)
+            self.received[kind] += whole * args[0].itemsize * (self.size - 1) / self.size
+            tensors = []
+        else:
+            tensors = []
+        for tensor in tensors:
+            self.received[kind] += rounds * tensor.numel() * tensor.itemsize * (self.size - 1) / self.size
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("method", "fsdp"), [("lora", False), ("lora", True), ("full", True)])
+def test_traffic_is_what_the_formula_says(make_config, world, method, fsdp):
+    """benchmarks/scaling.py beside what the collectives of a step move."""
+    config = make_config(gradient_accumulation_steps=1, method=method, fsdp=fsdp, max_tokens_per_micro_batch=130)
+
+    def work(rank):
+        with ExitStack() as held:
+            own = prepare(config, StopRequest(), held)
+            rows = [own.train_set[i] for i in own.schedule.examples_of(0)]
+            with Traffic(2) as seen:
+                loop.gradients(own, rows, 100)
+            return sum(seen.received.values()), len(list(own.batches(rows)))
+
+    ended = world(2, work)
+    assert [code for code, _ in ended] == [0, 0]
+    (received, micro_batches), _ = (answer for _, answer in ended)
+    sizes = scaling.sizes_of(config, Path(config.model))
+    expected = scaling.traffic(sizes, method, fsdp, 2, micro_batches, itemsize=4)
+    assert received == pytest.approx(expected, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------- long forms

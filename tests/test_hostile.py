@@ -36,7 +36,9 @@ from minilora.optim import make_optimizer
 MAX_SECONDS = 1.0  # of this process's CPU: a busy machine is no fault of ours
 MAX_BYTES = 200 * 2**20
 MUTATIONS = 1000
-IDENTITY = Identity(dataclasses.asdict(TrainConfig()) | {"target_modules": []}, "b" * 64, "d" * 64, {"torch": "2"})
+IDENTITY = Identity(
+    dataclasses.asdict(TrainConfig()) | {"target_modules": [], "train_weights": []}, "b" * 64, "d" * 64, {"torch": "2"}
+)
 
 
 def attempt(work, kinds=(MiniloraError,)) -> tuple[Exception | None, list[str]]:

@@ -29,6 +29,7 @@ def for_the_test(command: str) -> str | None:
         return None
     command = command.removeprefix("pip install -r requirements.txt && ")  # .ci/run installs
     command = re.sub(r"\bpython\b", sys.executable, command).replace(HUB_NAME, DEMO)
+    command = re.sub(r"\btorchrun\b", f"{sys.executable} -m torch.distributed.run", command)
     if "train.py lora" in command or "train.py full" in command:
         command += f" --model {DEMO} --output_dir runs/preset"
     command = command.replace("runs/lora-qwen2-0.5b-instruct-train", "runs/preset")
