@@ -15,7 +15,7 @@ from minilora import adapter, checkpoint, files, output
 from minilora.dist import own_part
 from minilora.errors import DivergedError, OutOfMemoryError, StoppedError
 from minilora.generate import Speaker
-from minilora.memory import free_cached, gib, is_out_of_memory, peak_memory_bytes
+from minilora.memory import free_cached, gib, is_out_of_memory, peak_memory_bytes, trim_heap
 from minilora.run import Run
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -70,6 +70,8 @@ def answer_questions(run: Run) -> list[str]:
     """How the model answers run.questions now, as far as memory lasts; draws no random number."""
     speaker = Speaker(run.model.eval(), run.tokenizer, run.markup, run.config.system_prompt)
     answers: list[str] = []
+    if run.questions:  # what training has freed makes room for what answering takes
+        trim_heap(run.device)
     for start in range(0, len(run.questions), SAMPLES_AT_ONCE):
         part = run.questions[start : start + SAMPLES_AT_ONCE]
         try:
