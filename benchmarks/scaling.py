@@ -114,7 +114,7 @@ def memory(config: TrainConfig, folder: Path, shards: int, checkpointing: bool) 
 
 def gb(num_bytes: float) -> str:
     """Bytes for a table."""
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.1f} MB"
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def memory_table(config: TrainConfig, folders: dict[str, Path], cards: list[int], fsdp: bool) -> str:

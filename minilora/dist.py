@@ -6,6 +6,7 @@ One process is a world of its own, in which nothing here costs anything.
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -20,6 +21,8 @@ from minilora import errors
 from minilora.errors import ConfigError, MiniloraError, RankError, StoppedError
 
 PATIENCE = timedelta(minutes=30)  # process 0 may save or verify for so long; a process that died is noticed at once
+ARRIVAL = timedelta(minutes=10)  # of the last process after the first
+HANDSHAKE = timedelta(seconds=10)  # of processes that are all there; gloo tries five times
 WORD_BYTES = 512  # what is agreed on in every step fits; longer words take a second round
 
 
@@ -36,12 +39,17 @@ class World:
         self.advice = ""  # how to go on when one of them is gone
         self.lockstep = False  # shards are gathered in every micro-batch: the processes must go through it together
         self._agreed: Exception | None = None  # the error that all processes have raised
+        self._words: Any = None  # the group that exchanges words
         self._tensors: Any = None  # the group that sums tensors
 
     @property
     def main(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return self.rank == 0
+
+    def patient(self) -> None:
+        """From now on wait for the others as long as saving may take; a process that dies is noticed at once."""
+        self._words = self._tensors = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def connect(self, device: torch.device) -> torch.device:
         """Connect the devices of the processes; returns that of this one."""
@@ -115,7 +123,7 @@ class World:
 
     def _exchange(self, message: dict[str, Any], own: Exception | None) -> list[Any]:
         try:
-            heard = _all_gather(json.dumps(message).encode(), self.size)
+            heard = _all_gather(json.dumps(message).encode(), self.size, self._words)
         except (RuntimeError, ValueError) as error:
             raise self._lost() from error
         said = [json.loads(each) for each in heard]
@@ -164,8 +172,7 @@ class World:
         """All processes in a row, for FSDP2."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        group: Any = self._tensors or dist.group.WORLD
-        return DeviceMesh.from_group(group, device_type)
+        return DeviceMesh.from_group(self._tensors, device_type)
 
     def device_name(self, name: str) -> str:
         """The `device` of the settings for this process: on a machine with cards each process has one of its own.
@@ -208,29 +215,54 @@ def join(held: ExitStack) -> World:
     world = World(rank, size, local_rank)
     if size > 1:
         try:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            store = _meet(rank, size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=HANDSHAKE)
+            world.patient()
         except (RuntimeError, ValueError) as error:
             where = ":".join(os.environ[name] for name in names[2:])
-            raise RankError(f"the {size} processes of this run do not find each other at {where}: {error}") from error
+            why = str(error).partition("\n")[0]
+            raise RankError(f"the {size} processes of this run do not find each other at {where}: {why}") from error
         held.callback(world.close)
     return world
 
 
-def _all_gather(word: bytes, size: int) -> list[bytes]:
+def _meet(rank: int, size: int) -> Any:
+    """The store that all processes have written their names to; waits in steps, between which a signal is heard."""
+    until = time.monotonic() + ARRIVAL.total_seconds()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
+    how: dict[str, Any] = {"is_master": serves, "wait_for_workers": False, "multi_tenant": True}
+    while True:
+        try:
+            store = dist.TCPStore(host, port, size, timeout=timedelta(seconds=1), **how)  # type: ignore[attr-defined]
+            break
+        except RuntimeError:
+            if serves or time.monotonic() > until:
+                raise
+    store.set_timeout(HANDSHAKE)
+    store.set(f"minilora/{rank}", "here")
+    while missing := [other for other in range(size) if not store.check([f"minilora/{other}"])]:
+        if time.monotonic() > until:
+            raise RuntimeError(f"processes {missing} have not come")
+        time.sleep(0.05)
+    return store
+
+
+def _all_gather(word: bytes, size: int, group: Any) -> list[bytes]:
     """The word of every process: in one round where all are short, else in two."""
     head = len(word).to_bytes(8, "little") + word[: WORD_BYTES - 8]
-    heard = _all_gather_bytes(head, WORD_BYTES, size)
+    heard = _all_gather_bytes(head, WORD_BYTES, size, group)
     lengths = [int.from_bytes(each[:8], "little") for each in heard]
     longest = max(lengths)
     if longest > WORD_BYTES - 8:
-        heard = _all_gather_bytes(bytes(8) + word, 8 + longest, size)
+        heard = _all_gather_bytes(bytes(8) + word, 8 + longest, size, group)
     return [each[8 : 8 + length] for each, length in zip(heard, lengths, strict=True)]
 
 
-def _all_gather_bytes(word: bytes, num_bytes: int, size: int) -> list[bytes]:
+def _all_gather_bytes(word: bytes, num_bytes: int, size: int, group: Any) -> list[bytes]:
     sent = torch.frombuffer(bytearray(word.ljust(num_bytes, b"\0")), dtype=torch.uint8)
     heard = [torch.empty_like(sent) for _ in range(size)]
-    dist.all_gather(heard, sent)
+    dist.all_gather(heard, sent, group=group)
     return [each.numpy().tobytes() for each in heard]
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc only
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_malloc_trim, _mallopt = getattr(_libc, "malloc_trim", None), getattr(_libc, "mallopt", None)  # glibc only
+M_MMAP_THRESHOLD, MAPPED_FROM_BYTES = -3, 2**20
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -63,6 +65,12 @@ def trim_heap(device: torch.device) -> None:
     """Give a CPU's freed blocks back to the system: glibc keeps what lies between live ones, and the peak creeps up."""
     if device.type == "cpu" and _malloc_trim is not None:
         _malloc_trim(0)
+
+
+def map_large_blocks(device: torch.device) -> None:
+    """Let a CPU's large blocks go back to the system when they are freed; in glibc's heap they would leave holes."""
+    if device.type == "cpu" and _mallopt is not None:
+        _mallopt(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
 
 
 def gib(num_bytes: float) -> str:

@@ -118,8 +118,9 @@ def prepare(config: TrainConfig, stop: StopRequest, held: ExitStack, header: boo
     Every mistake in the files is found before the model is loaded, every mistake in the settings before the first
     step. `held` gives the folder's lock and the log free when the run is over. A signal stops it where it is.
     """
-    world = join(held)
-    with world.together(), stop.interruptible():  # nothing can be lost yet
+    with stop.interruptible():  # nothing can be lost yet
+        world = join(held)
+    with world.together(), stop.interruptible():
         return _prepare(config, world, stop, held, header)
 
 

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from minilora.dist import World, own_part
+from minilora.memory import map_large_blocks
 from minilora.model import head_weight
 
 
@@ -21,6 +22,7 @@ def shard(model: Any, world: World, device: torch.device, dtype: torch.dtype) ->
     sharded, with its gradient and its moments; layers are gathered in `dtype`, their gradients added up in fp32.
     From now on the processes go through each micro-batch together.
     """
+    map_large_blocks(device)  # gathered layers come and go
     decoder, mesh = model.get_decoder(), world.mesh(device.type)
     adapters = {param for param in model.parameters() if param.requires_grad}
     if all_trained(model):
@@ -41,7 +43,9 @@ def shard(model: Any, world: World, device: torch.device, dtype: torch.dtype) ->
             fully_shard(layer, mesh=mesh, ignored_params=adapters)
         outside = set(model.parameters()) - {param for layer in decoder.layers for param in layer.parameters()}
         fully_shard(decoder, mesh=mesh, ignored_params=outside | adapters)  # holds no shards: it orders the gathering
-    nn.Module.to(model, device)  # what is whole
+        for param in outside:
+            param.data = param.data.to(device, copy=True)  # nothing keeps the file of the base in memory any more
+    nn.Module.to(model, device)  # what else is whole
     world.lockstep = True
 
 

@@ -1,6 +1,8 @@
 """Several processes (gloo, on the CPU): they train what one would, and what one of them meets they all decide on."""
 
+import contextlib
 import dataclasses
+import faulthandler
 import gc
 import json
 import os
@@ -72,9 +74,11 @@ class Child:
             if done:
                 break
             if time.monotonic() > until:
+                os.kill(self.pid, signal.SIGUSR1)
+                time.sleep(1)
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
-                pytest.fail(f"a process hangs; it said: {self.log.read_text()[-2000:]}")
+                pytest.fail(f"a process hangs; it said: {self.log.read_text()[:3000]}")
             time.sleep(0.005)
         with open(self._pipe, "rb") as pipe:
             text = pipe.read()
@@ -90,6 +94,7 @@ def _in_child(rank: int, size: int, port: int, work, log: Path, writing: int) ->
         os.dup2(output, 2)
         sys.stdout = os.fdopen(1, "w", closefd=False)  # pytest's own are not those of the process
         sys.stderr = os.fdopen(2, "w", closefd=False)
+        faulthandler.register(signal.SIGUSR1, file=output)
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         os.environ.update({name: str(value) for name, value in names.items()})
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads of the parent, which `cli.main` may have started
@@ -737,7 +742,10 @@ def test_traffic_is_what_the_formula_says(make_config, world, method, fsdp):
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_a_process_killed_at_any_moment_soak(make_config, start_world, world, tmp_path):
-    """From the start to the end of a run; then it is gone on with, to the adapter of the run that nobody disturbed."""
+    """From the start to the end of a run; then it is gone on with, to the adapter of the run that nobody disturbed.
+
+    The other one gets SIGTERM half a second later: torchrun does so at once, and kills 30 s after that.
+    """
     trials, rng = faults.count("RANK_KILLS", 20), random.Random(1)
     keys = {"gradient_accumulation_steps": 1, "num_train_epochs": 4, "save_steps": 3, "lora_dropout": 0.1}
     keys |= {"eval_file": str(write_jsonl(tmp_path / "held-out.jsonl", 6, seed=2)), "resume": "auto"}
@@ -752,9 +760,12 @@ def test_a_process_killed_at_any_moment_soak(make_config, start_world, world, tm
         time.sleep(rng.uniform(0, took))
         os.kill(children[killed].pid, signal.SIGKILL)
         sent = time.monotonic()
-        code, _ = children[1 - killed].end(sent + LIMIT_S)
         children[killed].end(sent + LIMIT_S)
-        assert code in (0, 1)
+        time.sleep(0.5)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(children[1 - killed].pid, signal.SIGTERM)
+        code, _ = children[1 - killed].end(sent + LIMIT_S)
+        assert code in (0, 1, 143)
         slowest = max(slowest, time.monotonic() - sent)
         before += not checkpoint.checkpoints(Path(config.output_dir))
         assert world(2, lambda rank, config=config: loop.train(config).steps) == [(0, 16), (0, 16)]
