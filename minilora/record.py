@@ -50,9 +50,7 @@ def record_step(
 def record_evaluation(run: Run, loss: float) -> None:
     """Keep an evaluation's loss and answers, and the adapter in best/ if no earlier one was better."""
     state, best = run.state, run.state.best_eval_loss
-    answers = run.world.lead(  # stopped in here, the evaluation is done again
-        lambda: answer_questions(run), lambda: answer_questions(run)
-    )
+    answers = run.world.lead(lambda: answer_questions(run))  # stopped in here, the evaluation is done again
     run.log.evaluation({"step": state.step, "eval_loss": loss if math.isfinite(loss) else None}, best)
     run.log.samples(state.step, zip(run.questions, answers, strict=False))
     if math.isfinite(loss) and (best is None or loss < best):
