@@ -1,6 +1,6 @@
 """Every flavour of training side by side: the same steps on the same rows, each in a process of its own.
 
-    python benchmarks/flavours.py --model FOLDER --train_file rows.jsonl --steps 20
+    python -m benchmarks.flavours --model FOLDER --train_file rows.jsonl --steps 20
 
 lora, rslora, dora, lora+ (ratio 16), pissa, qlora (4 bit; where bitsandbytes is installed) and full (every weight, at a
 tenth of the rate), r 8, alpha 32, dropout 0.05 on q/k/v/o. The first rows are trained on, the --held_out rows after
@@ -14,16 +14,16 @@ import argparse
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "minilora"
+from benchmarks import common
+from benchmarks.common import Result, parser_of, refuse, row
+
 FLAVOURS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
@@ -40,58 +40,26 @@ HEAD = (
     *("flavour", "loss, first step", "loss, last step", "held-out before", "held-out after", "peak memory GiB"),
     *("tokens/s", "trained parameters", "result MB", "largest logit difference in peft"),
 )
-Result = dict[str, Any]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what cannot be obeyed; exit code 2."""
-        print(f"flavours.py: {message}", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; what cannot be obeyed is refused here."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="@demo/model", help="model folder; @ is the package's (default: the demo's)")
-    parser.add_argument("--train_file", default="@demo/train.jsonl", help="JSONL file of examples")
+    parser = parser_of("flavours", __doc__)
     parser.add_argument("--flavours", default=",".join(FLAVOURS), help=f"of {', '.join(FLAVOURS)}")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
     parser.add_argument("--examples", type=int, default=8, help="of an optimizer step")
     parser.add_argument("--held_out", type=int, default=32, help="rows after those that are trained on")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    parser.add_argument("--flags", default="{}", help="JSON of further minilora keys")
-    parser.add_argument("--out", type=Path, default=Path("flavours.json"))
     parser.add_argument("--job", help=argparse.SUPPRESS)  # the process that trains or compares one flavour
     args = parser.parse_args(argv)
-    for name in ("model", "train_file"):
-        path = getattr(args, name)
-        setattr(args, name, str(PACKAGE / path[1:]) if path.startswith("@") else path)
     args.flavours = list(dict.fromkeys(args.flavours.split(",")))
     unknown = [name for name in args.flavours if name not in FLAVOURS]
     refusals = {
         f"--flavours: {', '.join(unknown)}: there are {', '.join(FLAVOURS)}": bool(unknown),
         "--steps, --examples and --held_out must be at least 1": min(args.steps, args.examples, args.held_out) < 1,
-        f"--model {args.model}: no model folder": not (Path(args.model) / "config.json").is_file(),
-        f"--train_file {args.train_file}: no such file": not Path(args.train_file).is_file(),
-        f"--out {args.out}: there is no such folder": not args.out.parent.is_dir(),
-        f"--flags {args.flags}: no JSON object": not is_object(args.flags),
     }
-    for message, refused in refusals.items():
-        if refused:
-            parser.error(message)
+    refuse(parser, args, refusals)
     return args
-
-
-def is_object(text: str) -> bool:
-    """Whether a text is a JSON object."""
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
 
 
 def split_rows(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
@@ -99,7 +67,7 @@ def split_rows(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     lines = [line for line in Path(args.train_file).read_bytes().split(b"\n") if line.strip()]
     wanted = args.steps * args.examples
     if len(lines) <= args.held_out:
-        print(f"flavours.py: --train_file has {len(lines)} rows, --held_out takes {args.held_out}", file=sys.stderr)
+        print(f"flavours: --train_file has {len(lines)} rows, --held_out takes {args.held_out}", file=sys.stderr)
         raise SystemExit(2)
     wanted = min(wanted, len(lines) - args.held_out)  # fewer: several passes over them
     train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
@@ -160,16 +128,8 @@ JOBS = {"train": train_one, "compare": compare_one}
 
 
 def in_a_process(job: str, keys: Result) -> Result:
-    """A job in a process of its own; a failure is told in its last line."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [sys.executable, str(Path(__file__)), "--job", json.dumps([job, keys]), "--out", str(out)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
-        if done.returncode == 0 and out.exists():
-            return json.loads(out.read_text("utf-8"))
-        lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-        return {"failed": f"signal {-done.returncode}" if done.returncode < 0 else lines[-1]}
+    """A job in a process of its own."""
+    return common.in_a_process("flavours", "--job", [job, keys])
 
 
 def measure(keys: Result) -> Result:
@@ -186,11 +146,6 @@ def difference_of(result: Result) -> str:
     if "failed_in_peft" in result:
         return f"failed: {result['failed_in_peft']}"
     return f"{result['max_logit_difference']:.1e}" if "max_logit_difference" in result else "no adapter"
-
-
-def row(cells: tuple[str, ...]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
 def table(found: dict[str, Result]) -> str:

@@ -1,6 +1,6 @@
 """Peak memory and speed over micro-batch tokens, checkpointing and method, predicted beside measured.
 
-    python benchmarks/vram.py --model FOLDER --train_file rows.jsonl --tokens 512,2048 --steps 3
+    python -m benchmarks.vram --model FOLDER --train_file rows.jsonl --tokens 512,2048 --steps 3
 
 Each setting trains --steps optimizer steps in a process of its own. Speed is the median of the steps after the first.
 "The largest" is the largest micro-batch there really was: a step of few rows cannot fill a large budget. On a CPU the
@@ -12,48 +12,29 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "minilora"
+from benchmarks.common import Result, in_a_process, parser_of, refuse, row
+
 METHODS = ("lora", "full")
 SWITCHES = {"off": False, "on": True}
-Result = dict[str, Any]
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Say what cannot be obeyed; exit code 2."""
-        print(f"vram.py: {message}", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; what cannot be obeyed is refused here."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="@demo/model", help="model folder; @ is the package's (default: the demo's)")
-    parser.add_argument("--train_file", default="@demo/train.jsonl", help="JSONL file of examples")
+    parser = parser_of("vram", __doc__)
     parser.add_argument("--tokens", default="512,2048,8192", help="token budgets of a micro-batch")
     parser.add_argument("--checkpointing", default="off,on")
     parser.add_argument("--methods", default="lora,full")
     parser.add_argument("--examples", type=int, default=32, help="of an optimizer step")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps, the first of them not timed")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
-    parser.add_argument("--flags", default="{}", help="JSON of further minilora keys")
-    parser.add_argument("--out", type=Path, default=Path("vram.json"))
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the keys of one setting: the process that measures it
     args = parser.parse_args(argv)
-    for name in ("model", "train_file"):
-        path = getattr(args, name)
-        setattr(args, name, str(PACKAGE / path[1:]) if path.startswith("@") else path)
     args.tokens = [int(text) if text.isdecimal() else 0 for text in args.tokens.split(",")]
     args.checkpointing, args.methods = args.checkpointing.split(","), args.methods.split(",")
     refusals = {
@@ -62,23 +43,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--methods: lora, full or lora,full": not set(args.methods) <= set(METHODS),
         "--examples must be at least 1": args.examples < 1,
         "--steps must be at least 2: the first is not timed": args.steps < 2,
-        f"--model {args.model}: no model folder": not (Path(args.model) / "config.json").is_file(),
-        f"--train_file {args.train_file}: no such file": not Path(args.train_file).is_file(),
-        f"--out {args.out}: there is no such folder": not args.out.parent.is_dir(),
-        f"--flags {args.flags}: no JSON object": not is_object(args.flags),
     }
-    for message, refused in refusals.items():
-        if refused:
-            parser.error(message)
+    refuse(parser, args, refusals)
     return args
-
-
-def is_object(text: str) -> bool:
-    """Whether a text is a JSON object."""
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
 
 
 def settings(args: argparse.Namespace) -> list[Result]:
@@ -133,21 +100,8 @@ def reserved() -> Result:
 
 
 def measure(keys: Result) -> Result:
-    """`train_one` in a process of its own; a failure is told in its last line."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [sys.executable, str(Path(__file__)), "--one", json.dumps(keys), "--out", str(out)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
-        if done.returncode == 0 and out.exists():
-            return json.loads(out.read_text("utf-8"))
-        lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-        return {"failed": f"signal {-done.returncode}" if done.returncode < 0 else lines[-1]}
-
-
-def row(cells: list[str]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+    """`train_one` in a process of its own."""
+    return in_a_process("vram", "--one", keys)
 
 
 def table(found: list[tuple[Result, Result]]) -> str:
