@@ -23,7 +23,8 @@ STARTED = time.time()  # before torch is imported: the import is part of the way
 
 import torch  # noqa: E402
 
-from minilora.data import IGNORE, ChatMarkup, Dataset, Row, read_rows, tokenize  # noqa: E402
+from minilora.data import IGNORE, ChatMarkup, Row, read_rows  # noqa: E402
+from minilora.dataset import Dataset, tokenize  # noqa: E402
 from minilora.model import load_tokenizer, pick_device, pick_dtype  # noqa: E402
 
 SYSTEM = "你是一个AI助手"
@@ -293,7 +294,7 @@ def measured(job: Job, contender: "Contender") -> Result:
     if job.device.type == "cuda":
         peaks["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
     _, dataset = job.rendered()
-    tokens, supervised = int(dataset.offsets[-1]), int(dataset.supervised.sum())
+    tokens, supervised = int(dataset.lengths.sum()), int(dataset.counts.sum())
     return (
         result
         | peaks

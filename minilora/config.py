@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import glob
 import math
 import operator
 import os
@@ -336,7 +337,7 @@ def as_numbers(given: Any) -> tuple[float, ...]:
 
 
 def as_paths(given: Any) -> str | tuple[str, ...]:
-    """A path, or several: a list, or a text in which commas separate them; a file with a comma in its name is one."""
+    """A path, or several: a list, a text in which commas separate them, a pattern; a name with a comma in it is one."""
     parts = [given]
     if isinstance(given, str) and "," in given and not os.path.lexists(os.path.expanduser(given)):
         parts = [part.strip() for part in given.split(",")]
@@ -344,8 +345,17 @@ def as_paths(given: Any) -> str | tuple[str, ...]:
         parts = list(given)
     if not parts or not all(isinstance(part, str) for part in parts):
         raise ValueError("is not a text")
-    found = tuple(os.path.expanduser(part) for part in parts)  # the shell leaves --key=~/x as it is
+    found = tuple(path for part in parts for path in _matches(os.path.expanduser(part)))  # the shell leaves --key=~/x
     return found[0] if len(found) == 1 else found
+
+
+def _matches(path: str) -> list[str]:
+    """The files that a pattern (*, ?, [...]) stands for, in the order of their names; any other path is itself."""
+    if os.path.lexists(path) or not glob.has_magic(path) or "\0" in path:
+        return [path]
+    if found := sorted(glob.glob(path, recursive=True)):
+        return found
+    raise ValueError("matches no file")
 
 
 def expand_targets(names: Any) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""JSONL rows become examples: token ids with a mask that is known by construction, because we write the markup."""
+"""JSONL rows become conversations, and these token ids: what is supervised is known, because we write the markup."""
 
-import dataclasses
+import gzip
 import hashlib
 import itertools
 import json
@@ -8,8 +8,9 @@ import os
 import re
 import shlex
 import stat
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -93,95 +94,11 @@ class DataReport:
     notes: list[str] = field(default_factory=list)  # what else is to be said of it
 
 
-@dataclass(frozen=True)
-class Dataset(Sequence[Example]):
-    """Examples end to end in flat arrays, so that a million rows are five arrays and not a million objects.
-
-    input_ids: (total,) int32; supervised: (total,) bool; offsets: (examples + 1,) int64; lines: (examples,) int64;
-    sources: (examples,) int32, which of `files` an example's line is of
-    """
-
-    input_ids: np.ndarray
-    supervised: np.ndarray
-    offsets: np.ndarray
-    lines: np.ndarray
-    sources: np.ndarray
-    files: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def __getitem__(self, index: Any) -> Any:
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        ids = self.input_ids[start:end]
-        return Example(ids, np.where(self.supervised[start:end], ids, IGNORE).astype(np.int32))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example. (examples,)"""
-        return np.diff(self.offsets)
-
-    def subset(self, indices: Sequence[int] | np.ndarray) -> "Dataset":
-        """The examples at these indices, in this order."""
-        pieces = [(int(self.offsets[i]), int(self.offsets[i + 1])) for i in indices]
-        ids = [self.input_ids[a:b] for a, b in pieces]
-        supervised = [self.supervised[a:b] for a, b in pieces]
-        found = _flat(ids, supervised, [int(self.lines[i]) for i in indices])
-        return dataclasses.replace(found, sources=self.sources[np.asarray(indices, np.int64)], files=self.files)
-
-    def keys(self) -> np.ndarray:
-        """A hash of each example's tokens and mask: two that are the same have the same. (examples,) uint64"""
-        found = np.empty(len(self), np.uint64)
-        for i, (start, end) in enumerate(itertools.pairwise(self.offsets.tolist())):
-            content = self.input_ids[start:end].tobytes() + self.supervised[start:end].tobytes()
-            found[i] = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-        return found
-
-    def places(self, indices: np.ndarray) -> str:
-        """The lines of these examples in words, by file where there are several."""
-        by_file = {
-            file: sorted(self.lines[indices][self.sources[indices] == number].tolist())
-            for number, file in enumerate(self.files)
-        }
-        if len(by_file) == 1:
-            return f"lines {by_file[self.files[0]]}"
-        return "; ".join(f"{file}, lines {lines}" for file, lines in by_file.items() if lines)
-
-
-def _flat(ids: list[np.ndarray], supervised: list[np.ndarray], lines: list[int], file: str = "") -> Dataset:
-    offsets = np.concatenate([[0], np.cumsum([len(piece) for piece in ids])]).astype(np.int64)
-    empty = [np.zeros(0, np.int32)]
-    return Dataset(
-        np.concatenate(ids or empty).astype(np.int32),
-        np.concatenate(supervised or empty).astype(bool),
-        offsets,
-        np.asarray(lines, np.int64),
-        np.zeros(len(lines), np.int32),
-        (file,),
-    )
-
-
-def join(parts: Sequence[Dataset]) -> Dataset:
-    """The examples of one data set after those of the other."""
-    if len(parts) == 1:
-        return parts[0]
-    starts = np.cumsum([0, *(len(part.input_ids) for part in parts)])
-    files = np.cumsum([0, *(len(part.files) for part in parts)])
-    return Dataset(
-        np.concatenate([part.input_ids for part in parts]),
-        np.concatenate([part.supervised for part in parts]),
-        np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts, strict=False))]),
-        np.concatenate([part.lines for part in parts]),
-        np.concatenate([part.sources + int(first) for part, first in zip(parts, files, strict=False)]),
-        tuple(file for part in parts for file in part.files),
-    )
-
-
 # ---------------------------------------------------------------------------------------- bytes -> rows
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """The non-empty lines of a file with their 1-based numbers, split on \\n only.
+    """The non-empty lines of a file (or of what a .gz holds) with their 1-based numbers, split on \\n only.
 
     JSON strings may hold U+2028, U+0085 and other characters that text-mode reading would split on. Of a line longer
     than MAX_LINE_BYTES only one byte more than that is kept: a file without line ends must not fill the memory.
@@ -191,7 +108,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
         if not stat.S_ISREG(mode):  # a FIFO would block for ever, a directory says something unhelpful
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise DataError(f"{path} is {kind}; a JSONL file is needed, one JSON object a line.")
-        with open(path, "rb") as file:
+        with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
             for number in itertools.count(1):
                 line = rest = file.readline(MAX_LINE_BYTES + 1)
                 while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
@@ -202,14 +119,17 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
                     yield number, line
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def file_sha256(path: str | Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The sha256 of a file's bytes, in hexadecimal. Raises DataError."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -232,9 +152,11 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
 
 
 def _no_constant(name: str) -> float:
@@ -311,32 +233,40 @@ def _messages(messages: Any) -> Iterator[Turn]:
 
 
 def read_rows(path: str | Path, on_bad_rows: str = "error") -> tuple[list[Row], DataReport]:
-    """All rows of a JSONL file. Its format is that of its first readable row.
+    """All rows of a JSONL file, and what happened to its lines. Raises what `stream_rows` raises."""
+    report = DataReport(str(path))
+    return list(stream_rows(report, on_bad_rows)), report
 
-    Raises DataError that lists every bad line with its number and reason (or, with on_bad_rows = skip, only when no
-    good row is left).
+
+def stream_rows(report: DataReport, on_bad_rows: str) -> Iterator[Row]:
+    """The rows of the JSONL file `report.file`, one after the other. Its format is that of its first readable row.
+
+    When all are read, raises DataError that lists every bad line with its number and reason (or, with on_bad_rows =
+    skip, only when there was no good row).
     """
-    report, rows, first = DataReport(str(path)), [], b""
+    path, good, first = report.file, 0, b""
     for number, line in read_lines(path):
         report.rows += 1
         first = first or line
         try:
-            rows.append(_row(number, parse_line(line), report))
+            row = _row(number, parse_line(line), report)
         except ValueError as error:
             report.bad.append(f"{path}:{number}: {error}")
-    if len(report.bad) > len(rows) and (mistake := _whole_file_mistake(report, first)):
+        else:
+            good += 1
+            yield row
+    if len(report.bad) > good and (mistake := _whole_file_mistake(report, first)):
         raise DataError(mistake)
     if report.bad and on_bad_rows == "error":
         shown = report.bad[:MAX_PROBLEMS_SHOWN]
         more = [f"... and {len(report.bad) - len(shown):,} more"] if len(report.bad) > len(shown) else []
         hint = f"{len(report.bad):,} of {report.rows:,} rows are bad. Mend them, or leave them out: --on_bad_rows skip"
-        hint = hint if rows else f"all {report.rows:,} rows are bad. Mend them."
+        hint = hint if good else f"all {report.rows:,} rows are bad. Mend them."
         raise DataError("\n".join([*shown, *more, hint]))
-    if not rows:
+    if not good:
         why = f"all {report.rows:,} rows are bad, the first: {report.bad[0]}" if report.bad else "it holds no rows"
         raise DataError(f"{path}: nothing to read: {why}.")
     report.sha256 = file_sha256(path)
-    return rows, report
 
 
 def _row(number: int, row: dict[str, Any], report: DataReport) -> Row:
@@ -417,16 +347,26 @@ class ChatMarkup:
     def __init__(self, tokenizer: HasTokenizer) -> None:
         plain = json.loads(tokenizer.backend_tokenizer.to_str())
         plain["added_tokens"], plain["truncation"], plain["padding"] = [], None, None
-        self._plain = Tokenizer.from_str(json.dumps(plain, ensure_ascii=False))
+        text = json.dumps(plain, ensure_ascii=False)
+        self._plain = Tokenizer.from_str(text)
         known = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=True)
         if missing := [token for token in ("<|im_start|>", "<|im_end|>") if token not in known]:
             raise DataError(f"the tokenizer has no {' or '.join(missing)}: it is not a ChatML (Qwen) tokenizer.")
         self.start, self.end = known["<|im_start|>"], known["<|im_end|>"]
         self.newline = self.encode(["\n"])[0]
         self.openings = {role: [self.start, *self.encode([f"{role}\n"])[0]] for role in ROLES}
+        self._markup = {
+            "turn": Piece([self.start]),
+            "answer": Piece(self.openings["assistant"]),
+            "end of answer": Piece([self.end], supervised=True),
+            "end of turn": Piece([self.end, *self.newline]),
+            "newline": Piece(self.newline),
+        }
         # Qwen3 opens the last answer with a think block, empty where the row brings no reasoning.
         self.thinks = "<think>" in known and "reasoning_content" in str(tokenizer.chat_template)
         self.think = [known.get("<think>", -1), known.get("</think>", -1)]
+        control = (self.start, self.end, self.thinks, self.think)
+        self.sha256 = hashlib.sha256(f"{text}{control}".encode()).hexdigest()  # of all that the ids depend on
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, in parallel, with no control tokens whatever the text holds."""
@@ -437,20 +377,21 @@ class ChatMarkup:
         pieces = self._pieces(turns, system_prompt)
         return [i for ids in self._ids(pieces) for i in ids] + self.openings["assistant"]
 
-    def render(self, rows: Sequence[Sequence[Turn]], system_prompt: str) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(ids, supervised) of each conversation: int32 and bool arrays of one length."""
+    def render(self, rows: Sequence[Sequence[Turn]], system_prompt: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Conversations end to end: (ids, supervised, lengths); (tokens,) int32, (tokens,) bool, (rows,) int64."""
         pieces_of = [self._pieces(turns, system_prompt) for turns in rows]
-        ids = iter(self._ids([piece for pieces in pieces_of for piece in pieces]))
-        rendered = []
-        for pieces in pieces_of:
-            parts = [next(ids) for _ in pieces]
-            supervised = np.repeat([piece.supervised for piece in pieces], [len(part) for part in parts])
-            rendered.append((np.fromiter(itertools.chain(*parts), np.int32), supervised))
-        return rendered
+        pieces = [piece for each in pieces_of for piece in each]
+        parts = self._ids(pieces)
+        sizes = np.array([len(part) for part in parts])
+        supervised = np.repeat([piece.supervised for piece in pieces], sizes)
+        firsts = np.cumsum([0, *(len(each) for each in pieces_of[:-1])])
+        ids = np.fromiter(itertools.chain.from_iterable(parts), np.int32, count=len(supervised))
+        return ids, supervised, np.add.reduceat(sizes, firsts)
 
     def _ids(self, pieces: Sequence["Piece"]) -> list[Sequence[int]]:
-        encoded = iter(self.encode([piece.text for piece in pieces if piece.text is not None]))
-        return [piece.ids if piece.text is None else next(encoded) for piece in pieces]
+        texts = list(dict.fromkeys(piece.text for piece in pieces if piece.text is not None))
+        known = dict(zip(texts, self.encode(texts), strict=True))  # a system prompt is many rows', and encoded once
+        return [piece.ids if piece.text is None else known[piece.text] for piece in pieces]
 
     def _pieces(self, turns: Sequence[Turn], system_prompt: str) -> list["Piece"]:
         """A conversation as pieces of markup (ids) and text, each supervised or not.
@@ -460,16 +401,16 @@ class ChatMarkup:
         """
         if system_prompt and turns[0].role != "system":
             turns = [Turn("system", system_prompt), *turns]
-        last_asked = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
+        asked = [i for i, turn in enumerate(turns) if turn.role == "user"] or [-1]
         pieces = []
         for i, turn in enumerate(turns):
             if turn.role == "assistant":
-                pieces += [Piece(self.openings["assistant"])]
-                pieces += self._answer(turn.content, after_last_user=i > last_asked, last=i == len(turns) - 1)
-                pieces += [Piece([self.end], supervised=True), Piece(self.newline)]
+                pieces.append(self._markup["answer"])
+                pieces += self._answer(turn.content, after_last_user=i > asked[-1], last=i == len(turns) - 1)
+                pieces += (self._markup["end of answer"], self._markup["newline"])
             else:
-                pieces += [Piece([self.start]), Piece(text=f"{turn.role}\n{turn.content}")]
-                pieces += [Piece([self.end, *self.newline])]
+                text = Piece(text=f"{turn.role}\n{turn.content}")
+                pieces += (self._markup["turn"], text, self._markup["end of turn"])
         return pieces
 
     def _answer(self, content: str, after_last_user: bool, last: bool) -> list["Piece"]:
@@ -486,85 +427,9 @@ class ChatMarkup:
         return [Piece(begin, supervised=True), texts[0], Piece(end, supervised=True), texts[1]]
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a rendered turn: control tokens and fixed markup by id, or text still to be encoded."""
 
     ids: Sequence[int] = ()
     text: str | None = None
     supervised: bool = False
-
-
-def tokenize(
-    rows: Sequence[Row],
-    markup: ChatMarkup,
-    report: DataReport,
-    *,
-    system_prompt: str,
-    max_length: int,
-    overlong: str,
-    train_on_prompt: bool,
-) -> Dataset:
-    """Rows as examples of at most max_length tokens; `report` counts what was cut and dropped.
-
-    A truncated answer never gets an end token. Tokens after the last supervised one cannot reach the loss and are not
-    kept. Raises DataError for overlong = error with every line that is too long, and when no example is left.
-    """
-    ids_kept, supervised_kept, lines = [], [], []
-    overlong_lines = []
-    for row, (ids, supervised) in zip(rows, _render_in_chunks(rows, markup, system_prompt), strict=True):
-        if train_on_prompt:
-            supervised = np.ones_like(supervised)
-        ids, supervised = _up_to_last_supervised(ids, supervised)
-        if too_long := len(ids) > max_length:
-            overlong_lines.append(f"{report.file}:{row.line}: {len(ids):,} tokens, more than max_length {max_length:,}")
-            if overlong == "drop":
-                report.dropped_overlong += 1
-                continue
-            ids, supervised = _up_to_last_supervised(ids[:max_length], supervised[:max_length])
-        if not supervised[1:].any():  # the first token has nothing to be predicted from
-            report.dropped_unsupervised += 1
-            continue
-        report.truncated += too_long
-        ids_kept.append(ids)
-        supervised_kept.append(supervised)
-        lines.append(row.line)
-    if overlong_lines and overlong == "error":
-        hint = "Raise --max_length, or choose --overlong truncate | drop"
-        raise DataError("\n".join([*overlong_lines[:MAX_PROBLEMS_SHOWN], f"{len(overlong_lines):,} rows. {hint}"]))
-    if not lines:
-        raise DataError(f"{report.file}: no example is left with max_length {max_length:,}; raise it.")
-    dataset = _flat(ids_kept, supervised_kept, lines, report.file)
-    describe(dataset, report)
-    return dataset
-
-
-def describe(dataset: Dataset, report: DataReport) -> None:
-    """Put the figures of the examples that are kept into the report."""
-    report.kept, report.tokens = len(dataset), int(dataset.offsets[-1])
-    report.supervised_tokens = int(dataset.supervised.sum())
-    p50, p95, top = np.percentile(dataset.lengths, [50, 95, 100], method="higher") if len(dataset) else (0, 0, 0)
-    report.lengths = {"p50": int(p50), "p95": int(p95), "max": int(top)}
-
-
-def _up_to_last_supervised(ids: np.ndarray, supervised: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    end = 1 + int(np.max(np.flatnonzero(supervised), initial=-1))
-    return ids[:end], supervised[:end]
-
-
-def _render_in_chunks(
-    rows: Sequence[Row], markup: ChatMarkup, system_prompt: str, size: int = 2048
-) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    for start in range(0, len(rows), size):
-        yield from markup.render([row.turns for row in rows[start : start + size]], system_prompt)
-
-
-def split(dataset: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    """(training part, evaluation part): val_size of the examples, at least one, drawn by the seed."""
-    if not val_size:
-        return dataset, None
-    held_out = max(1, round(len(dataset) * val_size))
-    if held_out >= len(dataset):
-        raise DataError(f"val_size {val_size} leaves no example to train on: there are only {len(dataset)}.")
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    return dataset.subset(np.sort(order[held_out:])), dataset.subset(np.sort(order[:held_out]))

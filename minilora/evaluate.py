@@ -15,7 +15,8 @@ from torch import Tensor
 from minilora import files
 from minilora.batching import MICRO_BATCH_TOKENS, micro_batches
 from minilora.config import TrainConfig
-from minilora.data import Dataset, Question, Row, question_of, read_rows, tokenize
+from minilora.data import Question, Row, question_of, read_rows
+from minilora.dataset import Dataset, tokenize
 from minilora.errors import AdapterError, DivergedError, OutOfMemoryError
 from minilora.generate import Sampling, Speaker, answer_all, load_speaker, progress
 from minilora.lora import disabled
@@ -113,7 +114,7 @@ def evaluate(request: Request) -> Evaluation:
         examples=len(dataset),
         truncated=report.truncated,
         tokens=int(dataset.lengths.sum()),
-        supervised_tokens=int(dataset.supervised.sum()),
+        supervised_tokens=int(dataset.counts.sum()),
         answered=len(asked),
         scores=scores,
     )

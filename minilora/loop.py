@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from minilora.config import TrainConfig
-from minilora.data import IGNORE, Dataset, Example
+from minilora.data import IGNORE, Example
+from minilora.dataset import Dataset
 from minilora.dist import whole
 from minilora.errors import StoppedError
 from minilora.finish import Summary, finish
@@ -66,14 +67,12 @@ def train_step(run: Run) -> dict[str, Any]:
 
     Returns the record for metrics.jsonl. Raises DivergedError after three steps in a row without a finite gradient.
     """
-    config, state, started = run.config, run.state, time.perf_counter()
+    config, state, steps, started = run.config, run.state, run.schedule.num_steps, time.perf_counter()
     indices = run.schedule.examples_of(state.step)
     examples = [run.train_set[i] for i in indices]
     supervised = sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
     tokens = sum(len(example.input_ids) for example in examples)
-    rate = learning_rate(
-        state.step, run.schedule.num_steps, config.learning_rate, config.lr_scheduler_type, config.warmup_ratio
-    )
+    rate = learning_rate(state.step, steps, config.learning_rate, config.lr_scheduler_type, config.warmup_ratio)
 
     mean_loss = gradients(run, examples, supervised)
     params = [param for param in run.model.parameters() if param.grad is not None]

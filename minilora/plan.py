@@ -11,7 +11,8 @@ import torch
 
 from minilora.batching import MICRO_BATCH_TOKENS, Schedule, collate
 from minilora.config import TrainConfig, nearest, with_method
-from minilora.data import ChatMarkup, Dataset, Example
+from minilora.data import ChatMarkup, Example
+from minilora.dataset import Dataset, make_columns, of_file
 from minilora.errors import ConfigError
 from minilora.memory import free_bytes, gib, memory_bytes
 from minilora.model import find_model, load_tokenizer, num_layers, pick_device, pick_dtype
@@ -108,9 +109,8 @@ def rows_of(config: TrainConfig) -> tuple[Sets, str]:
     if missing := [path for path in config.train_files if not os.path.lexists(os.path.expanduser(path))]:
         count = config.examples_per_step
         supervised = np.tile(np.arange(longest) >= longest // 2, count)
-        offsets, lines = np.arange(count + 1, dtype=np.int64) * longest, np.arange(count, dtype=np.int64)
-        ids, source = np.zeros(count * longest, np.int32), np.zeros(count, np.int32)
-        dataset = Dataset(ids, supervised, offsets, lines, source, (missing[0],))
+        ids, lengths = np.zeros(count * longest, np.int32), np.full(count, longest)
+        dataset = of_file(missing[0], make_columns(ids, supervised, lengths, np.arange(count)))
         said = f"there is no {missing[0]}: all are taken to have {longest:,} tokens, half supervised"
         return Sets(dataset, None, (), []), said
     read = read_sources(dataclasses.replace(config, eval_file=None, eval_samples=0))
@@ -136,9 +136,10 @@ class Grid:
 
 def grid(setup: Setup, dataset: Dataset, schedule: Schedule) -> Grid:
     """Counted at two sizes and drawn out along the line through both; rows of COUNTED_LENGTH, all supervised."""
-    longest = int(dataset.lengths.max()) - 1
+    lengths = dataset.lengths
+    longest = int(lengths.max()) - 1
     steps = range(min(schedule.num_steps, schedule.steps_per_epoch))
-    in_a_step = max(int(dataset.lengths[schedule.examples_of(step)].sum()) for step in steps)
+    in_a_step = max(int(lengths[schedule.examples_of(step)].sum()) for step in steps)
     tokens = [min(max(budget, longest), in_a_step) for budget in BUDGETS]
     tokens = tokens[: tokens.index(in_a_step) + 1] if in_a_step in tokens else tokens
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minilora.batching import Batch, Schedule, collate, micro_batches
 from minilora.config import TrainConfig
-from minilora.data import Dataset
+from minilora.dataset import Dataset
 from minilora.errors import MiniloraError
 from minilora.loss import token_loss
 from minilora.memory import gib

@@ -12,7 +12,8 @@ import numpy as np
 
 from minilora import files
 from minilora.config import TrainConfig
-from minilora.data import MAX_LINE_BYTES, ChatMarkup, DataReport, Dataset, Row, read_rows, tokenize
+from minilora.data import IGNORE, MAX_LINE_BYTES, ChatMarkup, DataReport, Row, read_rows
+from minilora.dataset import Dataset, tokenize
 from minilora.look import token_text, visible
 from minilora.model import find_model, load_tokenizer
 from minilora.page import Html, bar, page, section, table, tag
@@ -142,11 +143,10 @@ def shown(material: Material, line: int) -> Shown:
 
 def of_line(dataset: Dataset, line: int) -> tuple[list[int], list[bool]]:
     """(ids, supervised) of the example from that line; empty where there is none."""
-    place = int(np.searchsorted(dataset.lines, line))
-    if place == len(dataset) or dataset.lines[place] != line:
-        return [], []
-    part = slice(int(dataset.offsets[place]), int(dataset.offsets[place + 1]))
-    return dataset.input_ids[part].tolist(), dataset.supervised[part].tolist()
+    for place in np.flatnonzero(dataset.lines == line):
+        example = dataset[place]
+        return example.input_ids.tolist(), (example.labels != IGNORE).tolist()
+    return [], []
 
 
 # ---------------------------------------------------------------------------------------- statistics
@@ -180,7 +180,7 @@ def statistics(material: Material) -> Statistics:
         bins=histogram(lengths),
         max_length=material.max_length,
         tokens=int(dataset.lengths.sum()),
-        supervised_tokens=int(dataset.supervised.sum()),
+        supervised_tokens=int(dataset.counts.sum()),
         not_ended=dataset.lines[~ended(dataset, material.markup)].tolist(),
         copies=copies,
         contradictions=contradictions,
@@ -190,9 +190,8 @@ def statistics(material: Material) -> Statistics:
 
 def ended(dataset: Dataset, markup: ChatMarkup) -> np.ndarray:
     """Whether the last token of each example, but for a line's end behind it, is the end token and learned. (rows,)"""
-    last = dataset.offsets[1:] - 1
-    last = np.where(np.isin(dataset.input_ids[last], markup.newline), last - 1, last)
-    return (dataset.input_ids[last] == markup.end) & dataset.supervised[last]
+    labels = (example.labels for example in dataset)  # an example ends with a token that is learned, and has two
+    return np.array([each[-2] if each[-1] in markup.newline else each[-1] for each in labels]) == markup.end
 
 
 def repeats(rows: Iterable[Row]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -26,7 +26,8 @@ from minilora.batching import (
 )
 from minilora.checkpoint import Identity, TrainState
 from minilora.config import TrainConfig
-from minilora.data import ChatMarkup, DataReport, Dataset, Example, Question
+from minilora.data import ChatMarkup, DataReport, Example, Question
+from minilora.dataset import Dataset
 from minilora.dist import World, join
 from minilora.errors import ConfigError
 from minilora.memory import free_bytes, gib, memory_bytes, peak_memory_bytes, trim_heap
@@ -70,6 +71,7 @@ class Run:
     predicted_peak_bytes: int | None = None
     saved_step: int = -1  # of the checkpoint that this run has written last or was resumed from; -1: none
     before_skipped: TrainState | None = None  # the state before the first of several skipped steps
+    trimmed_at: float = 0.0  # when the heap's holes were last given back, on the monotonic clock
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 matrix products where the run computes in bf16."""

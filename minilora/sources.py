@@ -9,10 +9,12 @@ from typing import TypeVar
 import numpy as np
 
 from minilora.batching import Part
+from minilora.cache import cached, is_large
 from minilora.config import TrainConfig
-from minilora.data import ChatMarkup, DataReport, Dataset, Question, Row, join, question_of, read_rows, split, tokenize
-from minilora.data import describe as count_again
-from minilora.errors import DataError
+from minilora.data import ChatMarkup, DataReport, Question, Row, file_sha256, question_of, read_rows, stream_rows
+from minilora.dataset import Dataset, join, split, tokenize
+from minilora.dataset import describe as count_again
+from minilora.errors import DataError, StorageError
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -20,10 +22,16 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Source:
-    """A file's rows, and what happened to its lines."""
+    """A file's rows, and what happened to its lines; of a large file only its hash is known before it is tokenised."""
 
-    rows: list[Row]
+    rows: list[Row] | None
     report: DataReport
+
+    def row(self, line: int) -> Row:
+        """The row of a line."""
+        if self.rows is None:  # only the first ones are asked for
+            return next(row for row in stream_rows(DataReport(self.report.file), "skip") if row.line == line)
+        return self.rows[bisect.bisect_left(self.rows, line, key=lambda row: row.line)]
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,13 @@ class Sets:
 def read_sources(config: TrainConfig) -> Sources:
     """All files of a run. Raises DataError with the problems of all of them."""
     paths = [*config.train_files, *([config.eval_file] if config.eval_file else [])]
-    read = _for_all(paths, lambda path: Source(*read_rows(path, config.on_bad_rows)))
+
+    def read_one(path: str) -> Source:
+        if is_large(path):
+            return Source(None, DataReport(path, sha256=file_sha256(path)))
+        return Source(*read_rows(path, config.on_bad_rows))
+
+    read = _for_all(paths, read_one)
     count = len(config.train_files)
     return Sources(read[:count], read[count] if config.eval_file else None)
 
@@ -106,15 +120,18 @@ def _for_all(items: Iterable[Item], make: Callable[[Item], Made]) -> list[Made]:
 
 def to_examples(config: TrainConfig, source: Source, markup: ChatMarkup, max_length: int) -> Dataset:
     """Rows as the settings want them rendered, cut and masked."""
-    return tokenize(
-        source.rows,
-        markup,
-        source.report,
-        system_prompt=config.system_prompt,
-        max_length=max_length,
-        overlong=config.overlong,
-        train_on_prompt=config.train_on_prompt,
-    )
+    how = {name: getattr(config, name) for name in ("system_prompt", "overlong", "train_on_prompt")}
+    how["max_length"] = max_length
+    if source.rows is not None:
+        return tokenize(source.rows, markup, source.report, **how)
+    report = source.report
+    fresh = DataReport(report.file, sha256=report.sha256)
+    try:
+        return cached(report, markup, config.on_bad_rows, how)
+    except StorageError as error:
+        vars(report).update(vars(fresh))
+        report.notes.append(f"tokenised in memory: {error}")
+        return tokenize(stream_rows(report, config.on_bad_rows), markup, report, **how)
 
 
 def without_repeats(dataset: Dataset, reports: Sequence[DataReport], remove: bool) -> Dataset:
@@ -123,7 +140,7 @@ def without_repeats(dataset: Dataset, reports: Sequence[DataReport], remove: boo
     The reports of the files get the numbers, each of the repeats that stand in it.
     """
     repeats = np.ones(len(dataset), bool)
-    repeats[np.unique(dataset.keys(), return_index=True)[1]] = False
+    repeats[np.unique(dataset.keys, return_index=True)[1]] = False
     if not repeats.any():
         return dataset
     rest = dataset.subset(np.flatnonzero(~repeats)) if remove else dataset
@@ -139,7 +156,7 @@ def without_repeats(dataset: Dataset, reports: Sequence[DataReport], remove: boo
 
 def note_overlap(train_set: Dataset, eval_set: Dataset, reports: Sequence[DataReport]) -> None:
     """Say in the reports of the training files how many of their rows the evaluation set holds too."""
-    shared = np.isin(train_set.keys(), eval_set.keys())
+    shared = np.isin(train_set.keys, eval_set.keys)
     for number, report in enumerate(reports):
         if found := int((shared & (train_set.sources == number)).sum()):
             report.notes.append(
@@ -168,8 +185,7 @@ def first_questions(
     for source, line in zip(eval_set.sources.tolist(), eval_set.lines.tolist(), strict=True):
         if len(found) == config.eval_samples:
             break
-        rows = sources[source].rows
-        question = question_of(rows[bisect.bisect_left(rows, line, key=lambda row: row.line)])
+        question = question_of(sources[source].row(line))
         if question and len(markup.prompt_ids(question.turns, config.system_prompt)) < max_length:
             found.append(question)
     return found

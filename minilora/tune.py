@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minilora.checkpoint import TrainState, trainable
 from minilora.config import TrainConfig
-from minilora.data import Dataset
+from minilora.dataset import Dataset
 from minilora.errors import ConfigError, DataError, DivergedError
 from minilora.loop import evaluate, train_step
 from minilora.method import in_words

@@ -27,10 +27,9 @@ from minilora.data import (
     detect_format,
     read_lines,
     read_rows,
-    split,
     to_turns,
-    tokenize,
 )
+from minilora.dataset import split, tokenize
 from minilora.errors import DataError
 
 ROOT = Path(__file__).parent.parent

@@ -2,18 +2,26 @@
 
 import contextlib
 import io
+import itertools
+import os
 import re
 import shlex
+import socket
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-from test_readme import ROOT, for_the_test
+import yaml
+from test_readme import DEMO, ROOT, for_the_test
 from test_rooms import MAX_FUNCTION_LINES, MAX_STEP_LINES, MAX_STORY_LINES
 
 import minilora
+from benchmarks import scaling
 from minilora import cli
 from minilora.config import FIELDS
+from minilora.predict import USABLE
 
 DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
 OTHER_FLAGS = {"max", "nproc", "repeat"}  # how those of vllm, torchrun and the benchmarks begin
@@ -112,7 +120,7 @@ def test_quoted_code_is_the_code(path, file, content):
 
 def test_the_walkthrough_quotes_the_whole_story():
     files = {file for path, file, _ in (param.values for param in QUOTED) if path.name == "walkthrough.md"}
-    rooms = ("data", "lora", "batching", "loss", "loop", "optim", "adapter", "finish")
+    rooms = ("data", "dataset", "lora", "batching", "loss", "loop", "optim", "adapter", "finish")
     assert files == {f"minilora/{room}.py" for room in rooms}
 
 
@@ -197,6 +205,86 @@ def test_both_languages_say_the_same():
         said = [{" ".join(found.split()) for found in re.findall(what, text)} for text in (english, chinese)]
         assert said[0] == said[1], said[0] ^ said[1]
     assert set(numbers(english)) == set(numbers(chinese)), set(numbers(english)) ^ set(numbers(chinese))
+
+
+# ---------------------------------------------------------------------------------------- scaling
+
+SCALING = ROOT / "docs" / "scaling.md"
+SCRIPTS = [content for language, content in blocks(SCALING) if language == "bash"]
+YAMLS = [
+    document for language, content in blocks(SCALING) if language == "yaml" for document in yaml.safe_load_all(content)
+]
+
+
+def scaling_tables() -> list[dict[str, list[str]]]:
+    """The cells of each model, of each table."""
+    found = re.findall(r"^\| Qwen2.5 .*\n\| ---.*\n((?:\|.*\n)+)", prose(SCALING), re.M)
+    rows = [[[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()] for table in found]
+    return [{name: cells for name, *cells in table} for table in rows]
+
+
+def test_the_figures_of_scaling_are_those_that_its_command_prints(capsys, monkeypatch):
+    """Of the smallest model on 64 cards."""
+    monkeypatch.setattr(sys, "argv", ["scaling", "--models", "0.5B", "--methods", "lora", "--cards", "64"])
+    scaling.main()
+    printed = [line.strip("| ").split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if "| 0.5B |" in line]
+    shown = {cell for table in scaling_tables() for cell in table["0.5B"]}
+    assert len(printed) == 6
+    for cells in printed:
+        assert set(cells) <= shown, cells
+
+
+def test_what_fits_follows_from_the_memory_of_a_card():
+    *memory, fits, _ = scaling_tables()
+    for model, said in fits.items():
+        for cell, (table, card_gib) in zip(said, itertools.product(memory, (16, 24, 80)), strict=True):
+            peaks = [[float(peak.replace(",", "")) for peak in each.split(" / ")] for each in table[model]]
+            (whole, again), shards = peaks[0], [with_checkpointing for _, with_checkpointing in peaks[1:]]
+            ways = {"replicas": whole, "again": again}
+            ways |= dict(zip(("8 cards", "64 cards", "512 cards"), shards, strict=True)) | {"no": 0.0}
+            usable = card_gib * 2**30 * USABLE / 1e9
+            assert cell == next(way for way, peak in ways.items() if peak <= usable), (model, card_gib)
+
+
+def test_what_other_launchers_take_can_be_read():
+    """YAML parses, bash accepts what it would run; nothing is launched."""
+    task, service, job = YAMLS
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert service["spec"]["selector"]["job-name"] == job["metadata"]["name"]
+    assert job["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+    for script in [*SCRIPTS, task["setup"], task["run"], *container["args"]]:
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert done.returncode == 0, f"{script}\n{done.stderr}"
+        for flag in re.findall(r"(?<= --)\w+", script.partition("train.py")[2]):
+            assert flag in FIELDS, flag
+
+
+STAND_INS = {  # both tasks of a job on this machine
+    "srun": 'shift\nSLURM_NODEID=0 "$@" & first=$!\nSLURM_NODEID=1 "$@" & second=$!\nwait $first && wait $second',
+    "scontrol": "echo 127.0.0.1",
+}
+SLURM = {"SLURM_JOB_NODELIST": "here", "SLURM_CPUS_PER_TASK": "1", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("script", [each for each in SCRIPTS if "nnodes" in each], ids=["torchrun", "slurm"])
+def test_two_machines_that_are_one(script, tmp_path):
+    for name in ("train.py", "data", "minilora"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name, content in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        script = script.replace("29500", str(free.getsockname()[1]))
+    script = script.replace("torchrun", f"{sys.executable} -m torch.distributed.run")
+    script = re.sub(r"/shared/\S*Instruct", DEMO, script).replace("/shared/", "")
+    script = script.replace("--resume auto", "--resume auto --max_steps 2 --device cpu")
+    environment = os.environ | SLURM | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "processes    2," in done.stdout
+    assert "verified" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------- the rest of the documents

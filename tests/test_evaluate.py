@@ -63,7 +63,7 @@ def test_the_loss_is_that_of_the_training_loop(make_config, rows):
     with StopRequest() as stop, ExitStack() as held:
         training = run.prepare(config, stop, held)
         expected = loop.evaluate(training, training.eval_set)
-        tokens, supervised = int(training.eval_set.lengths.sum()), int(training.eval_set.supervised.sum())
+        tokens, supervised = int(training.eval_set.lengths.sum()), int(training.eval_set.counts.sum())
     request = Request(str(rows), model=config.model, max_length=44, dtype="float32", device="cpu")
     found = evaluate.evaluate(request)
     assert found.system_prompt == config.system_prompt

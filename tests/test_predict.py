@@ -8,6 +8,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_examples
@@ -15,7 +16,7 @@ from conftest import random_examples
 from minilora import demo, loop, predict
 from minilora.batching import collate, make_schedule
 from minilora.config import TrainConfig
-from minilora.data import Dataset
+from minilora.dataset import Dataset
 from minilora.errors import ConfigError
 from minilora.predict import Memory, Setup, choose_cut, largest_batch, step_memory
 from minilora.run import prepare
@@ -48,11 +49,13 @@ def make_setup(folder, device_type="cpu", checkpointing=False, dtype=torch.bfloa
 
 
 def make_dataset(lengths) -> Dataset:
-    from minilora.data import IGNORE, _flat
+    from minilora.data import IGNORE
+    from minilora.dataset import make_columns, of_file
 
     examples = random_examples(lengths)
-    supervised = [example.labels != IGNORE for example in examples]
-    return _flat([example.input_ids for example in examples], supervised, list(range(len(lengths))))
+    labels = np.concatenate([example.labels for example in examples])
+    ids = np.concatenate([example.input_ids for example in examples])
+    return of_file("", make_columns(ids, labels != IGNORE, np.array(lengths), np.arange(len(lengths))))
 
 
 LONG_TO_COUNT = (("lora", True), ("full", False), ("full", True))

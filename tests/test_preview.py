@@ -12,7 +12,8 @@ from pages import Page
 
 from minilora import cli, model, preview, runlog
 from minilora.config import TrainConfig
-from minilora.data import ChatMarkup, read_rows, tokenize
+from minilora.data import ChatMarkup, read_rows
+from minilora.dataset import tokenize
 from minilora.preview import MAX_BINS, histogram
 
 ROWS = [

@@ -178,6 +178,74 @@ def raising(error):
     return write
 
 
+# ---------------------------------------------------------------------------------------- answers over the steps
+
+
+def write_samples(folder, *questions):
+    """samples.jsonl of (prompt, reference, answers) each, at steps 0, 20, 40, ..."""
+    lines = [
+        json.dumps({"step": 20 * i, "prompt": prompt, "answer": answer, "reference": reference}) + "\n"
+        for prompt, reference, answers in questions
+        for i, answer in enumerate(answers)
+    ]
+    (folder / "samples.jsonl").write_text("".join(lines))
+
+
+def folded(page: Page) -> str:
+    """What lies inside the folds of the answers over the steps."""
+    part = page.source.split("<h2>Answers over the steps</h2>")[1].partition("</section>")[0]
+    return "".join(re.findall("<details>.*?</details>", part, re.DOTALL))
+
+
+def test_answers_over_the_steps(make_run):
+    """The first and the last stand open; successive steps with the same answer are one line."""
+    folder = make_run()
+    write_samples(folder, ("why?", "because", ["nobody", "no one", "no one", "it is me", "me"]), ("so?", "", ["x"]))
+    page = page_of(folder)
+    assert "Answers over the steps" in page.of("h2")
+    spans = page.of("span")
+    first = spans.index("step 0")
+    assert spans[first : first + 10] == [
+        *("step 0", "nobody", "steps 20 to 40", "no one", "step 60", "it is me", "step 80", "me"),
+        *("in the file", "because"),
+    ]
+    inside = folded(page)
+    assert inside.count("<span") == 4
+    assert "no one" in inside
+    assert "it is me" in inside
+    assert page.of("summary")[0] == "2 answers between"
+    assert {"why?", "so?"} <= set(page.of("b"))
+
+
+def test_without_samples_there_is_no_such_section(make_run):
+    folder = make_run()
+    assert "Answers over the steps" not in page_of(folder).of("h2")
+    (folder / "samples.jsonl").write_text('not json\n{"step": 1}\n{"answer": "x"}\n[]\n')
+    assert "Answers over the steps" not in page_of(folder).of("h2")
+
+
+def test_answers_of_several_runs_stand_under_one_question(make_run):
+    folders = [make_run(name) for name in ("one", "other", "third")]
+    write_samples(folders[0], ("why?", "because", ["a", "b"]))
+    write_samples(folders[1], ("why?", "because", ["a", "c"]), ("so?", "", ["d"]))
+    page = page_of(*folders)
+    assert page.of("b").count("why?") == 1
+    assert page.of("b").count("so?") == 1
+    named = [text for text in page.of("p") if text in ("one", "other", "third")]
+    assert named == ["one", "other", "other"]
+    assert page.of("span").count("because") == 1
+
+
+def test_many_samples_make_no_large_page(make_run):
+    folder = make_run()
+    write_samples(folder, *((f"question {i} " + "x" * 5000, "y" * 5000, map(str, range(300))) for i in range(40)))
+    page = page_of(folder)
+    assert len(page.source) < 200_000
+    assert "20 of 298 answers between" in page.of("summary")
+    assert {"step 0", "step 20", "step 5,960", "step 5,980"} <= set(page.of("span"))  # the ends, and those beside them
+    assert "and 20 more questions in samples.jsonl" in page.text
+
+
 # ---------------------------------------------------------------------------------------- several runs
 
 
@@ -232,8 +300,9 @@ def test_hostile_texts_stay_texts(make_run):
         data=[{"file": NASTY}],
         config={"model": NASTY, NASTY: NASTY, "method": NASTY, "eval_file": NASTY},
     )
+    write_samples(folder, (NASTY, NASTY, [NASTY, "x", NASTY]))
     page = page_of(folder)
-    assert page.text.count("<script>alert(1)</script></td> & ") >= 8
+    assert page.text.count("<script>alert(1)</script></td> & ") >= 12
     page_of(folder, make_run("other"))
 
 
@@ -245,6 +314,8 @@ def test_values_of_any_kind_are_passed_over(make_run, value):
         metrics = [{"step": 1, "loss": value, "grad_norm": 1}, {"step": value, "loss": 1}, {"loss": 2}, value]
         text = "".join(json.dumps(line) + "\n" for line in metrics)
         folder = make_run(f"odd{number}", ended=ended, metrics=text, **about)
+        asked = [{"step": 1, "prompt": value, "answer": value, "reference": value}, {"step": value, "answer": "x"}]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
         page_of(folder)
         page_of(folder, make_run(f"good{number}"))
     record = report.read_run(folder)

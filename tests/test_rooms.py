@@ -14,9 +14,9 @@ import minilora
 PACKAGE = Path(minilora.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [  # a room imports only rooms before it
-    *("errors", "config", "dist", "data", "attention", "batching", "sources", "quant", "model", "dropout"),
-    *("flavours", "lora", "fast", "loss", "optim", "files", "memory", "page", "checkpoint", "adapter", "generate"),
-    *("questions", "adapters", "chat", "output", "api", "layerwise", "merge", "export"),
+    *("errors", "config", "dist", "files", "data", "dataset", "attention", "batching", "cache", "sources", "quant"),
+    *("model", "dropout", "flavours", "lora", "fast", "loss", "optim", "memory", "page", "checkpoint", "adapter"),
+    *("generate", "questions", "adapters", "chat", "output", "api", "layerwise", "merge", "export"),
     *("evaluate", "rundir", "stopping", "runlog", "method", "shard", "watch", "predict", "run", "plan"),
     *("look", "preview", "doctor", "report", "record", "finish"),
     *("loop", "tune", "cli"),

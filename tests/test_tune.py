@@ -194,7 +194,7 @@ def test_where_nothing_helps_nothing_is_suggested(tuned):
         (["--rates", "1e-3", "0"], "--rates 0.0 0.001: a rate is a number above 0"),
         (["--rates", "nan"], "a rate is a number above 0"),
         (["--rates", "fast"], "invalid float value: 'fast'"),
-        (["--steps", "20"], "rows.jsonl: 60 rows do not make 20 steps of 4 rows and 8 held-out ones"),
+        (["--steps", "20"], "rows.jsonl: 60 rows do not make 20 steps of 8 rows and 8 held-out ones"),
         (["--lora_q", "3"], "--lora_r"),
         (["--target_modules", "qproj"], "match nothing"),
     ],
@@ -242,7 +242,7 @@ def test_on_the_demo_the_suggestion_is_the_best(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(random.Random(0).sample(lines, 300)), "utf-8")
     keys = {"num_train_epochs": 1, "device": "cpu", "output_dir": str(tmp_path / "run")}
     config = dataclasses.replace(resolve("demo", keys), train_file=str(tmp_path / "rows.jsonl"))
-    rate = tune.tune(config, Search((), steps=3, rows=4, held_out=8))
+    rate = tune.tune(config, Search((), steps=2, rows=8, held_out=8))
     losses = after_one_epoch(config, {rate, 1e-4, 3e-3})
     assert rate > 3e-3
     assert losses[rate] == min(losses.values())

@@ -1,0 +1,145 @@
+"""A large training file is tokenised once: its examples stay in files, and are found again by all that made them.
+
+Small files are tokenised in memory, each time anew.
+"""
+
+import dataclasses
+import fcntl
+import gc
+import hashlib
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tqdm import tqdm
+
+from minilora import files
+from minilora.data import ChatMarkup, DataReport, stream_rows
+from minilora.dataset import DTYPES, Columns, Dataset, FileColumn, describe, of_file, tokenized
+from minilora.errors import DataError, StorageError
+
+CACHE_FROM_BYTES = 16 * 2**20  # of a training file: what is smaller is tokenised sooner than it is hashed and looked up
+UNPACKED = 8  # bytes of text that a byte of a .gz may stand for
+VERSION = 1
+INDEX = "index.json"
+BLOCK_BYTES = 2**20
+
+
+def is_large(path: str) -> bool:
+    """Whether the examples of this file are to be kept in a cache."""
+    try:
+        return os.stat(path).st_size * (UNPACKED if path.endswith(".gz") else 1) >= CACHE_FROM_BYTES
+    except OSError:
+        return False  # reading it will say why
+
+
+def cache_folder() -> Path:
+    """Where caches lie: $XDG_CACHE_HOME/minilora/tokens, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minilora" / "tokens"
+
+
+def cached(report: DataReport, markup: ChatMarkup, on_bad_rows: str, how: Mapping[str, Any]) -> Dataset:
+    """All examples of the file `report.file`, whose hash is known; how: the settings that `tokenized` takes.
+
+    `report` gets what happened to its lines. Raises DataError, as reading and tokenising do, and StorageError where
+    the cache cannot be written.
+    """
+    made_of = {"version": VERSION, "file": report.sha256, "tokenizer": markup.sha256, "on_bad_rows": on_bad_rows, **how}
+    place = cache_folder() / hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    if (found := _open(place, report)) is None:
+        with _alone(place.parent):  # of several processes one builds, the others wait for it
+            if (found := _open(place, report)) is None:
+                files.sweep(place.parent)
+                _build(place, report, tokenized(_progress(report, on_bad_rows), markup, report, **how))
+                found = _open(place, report)
+    if found is None:
+        raise StorageError(f"{place} cannot be read back. Is the disk whole?")
+    return found
+
+
+def _open(place: Path, report: DataReport) -> Dataset | None:
+    """What the cache in this folder holds; `report` gets what was told when it was made. None: it is not whole."""
+    try:
+        index = files.read_json(place / INDEX)
+        for name, (size, checksum) in index["columns"].items():
+            if os.stat(place / name).st_size != size or _checksum(place / name) != checksum:
+                return None
+        columns = _columns(place)
+        told = index["report"]
+        before = told.pop("file")
+        told["bad"] = [report.file + reason.removeprefix(before) for reason in told["bad"]]
+        for name, value in told.items():
+            setattr(report, name, Counter(value) if name == "unread" else value)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return of_file(report.file, columns)
+
+
+def _columns(folder: Path) -> Columns:
+    return Columns(*(FileColumn(folder / name, dtype) for name, dtype in zip(Columns._fields, DTYPES, strict=True)))
+
+
+def _build(place: Path, report: DataReport, parts: Iterator[Columns]) -> None:
+    """Write a cache aside and move it into place when it is whole."""
+    expected, tokens = report.sha256, 0
+    with files.new_folder(place) as aside:
+        with ExitStack() as opened:
+            outs = [opened.enter_context(open(aside / name, "xb")) for name in Columns._fields]
+            for part in _uncollected(parts):
+                for out, column in zip(outs, part._replace(ends=part.ends[:] + tokens), strict=True):
+                    out.write(column[:].tobytes())
+                tokens += len(part.ids)
+            for out in outs:
+                _to_disk(out)
+        if report.sha256 != expected:
+            raise DataError(f"{report.file} was changed while it was read. Start again.")
+        describe(of_file(report.file, _columns(aside)), report)
+        sizes = {name: (os.stat(aside / name).st_size, _checksum(aside / name)) for name in Columns._fields}
+        index = {"columns": sizes, "report": dataclasses.asdict(report)}
+        files.write_file(aside / INDEX, files.json_chunks(index))
+
+
+def _uncollected(parts: Iterator[Columns]) -> Iterator[Columns]:
+    """The parts, made without searching for cycles: there are none among millions of pieces of text."""
+    gc.disable()
+    try:
+        yield from parts
+    finally:
+        gc.enable()
+
+
+def _to_disk(out: BinaryIO) -> None:
+    out.flush()
+    os.fsync(out.fileno())
+
+
+def _checksum(path: Path) -> int:
+    found = 0
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            found = zlib.crc32(block, found)
+    return found
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process builds a cache in this folder meanwhile; the kernel frees the lock of one that dies."""
+    with files.storage_errors(folder):
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _progress(report: DataReport, on_bad_rows: str) -> Iterator[Any]:
+    """The rows of a file, with a bar where somebody looks."""
+    rows = stream_rows(report, on_bad_rows)
+    return iter(tqdm(rows, desc=f"tokenising {report.file}", unit=" rows", disable=None, leave=False))
