@@ -17,9 +17,6 @@ from minilora.errors import ConfigError, MiniloraError, printable
 
 PROG = "minilora"
 LAST_WORDS_S = 1.0
-PRODUCTS_KEPT = (
-    "64"  # by oneDNN, one for each shape with its scratch memory; of its 1,024 a real 0.5B run held 0.24 GiB
-)
 
 
 class Parser(argparse.ArgumentParser):
@@ -557,7 +554,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = argv.index("--") if "--" in argv else len(argv)
     debug = "--debug" in argv[:end]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRODUCTS_KEPT)
     try:
         return run([*(word for word in argv[:end] if word != "--debug"), *argv[end:]])
     except MiniloraError as error:

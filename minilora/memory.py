@@ -11,6 +11,7 @@ import torch
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _malloc_trim, _mallopt = getattr(_libc, "malloc_trim", None), getattr(_libc, "mallopt", None)  # glibc only
 M_MMAP_THRESHOLD, MAPPED_FROM_BYTES = -3, 2**20
+PRODUCTS_KEPT = 64  # each with its scratch memory: of oneDNN's own 1,024 a real 0.5B run held 0.24 GiB after 16 steps
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -65,6 +66,11 @@ def trim_heap(device: torch.device) -> None:
     """Give a CPU's freed blocks back to the system: glibc keeps what lies between live ones, and the peak creeps up."""
     if device.type == "cpu" and _malloc_trim is not None:
         _malloc_trim(0)
+
+
+def keep_few_products() -> None:
+    """Bound what oneDNN keeps of a CPU's matrix products, one for each shape; heard before the first product only."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(PRODUCTS_KEPT))
 
 
 def map_large_blocks(device: torch.device) -> None:

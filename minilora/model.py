@@ -19,6 +19,7 @@ from minilora.config import DEVICE
 from minilora.data import Example
 from minilora.dist import gathered
 from minilora.errors import ConfigError, ModelError
+from minilora.memory import keep_few_products
 from minilora.quant import quantise
 
 HUB_TIMEOUT_S = 3.0
@@ -163,6 +164,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
 
     logging.disable_progress_bar()
     attention.register()
+    keep_few_products()
     config = _config(folder)
     try:
         weight_files(folder)  # an index may name files elsewhere

@@ -531,16 +531,3 @@ def test_prompts_reach_the_model_as_they_are(prompt, conversations, capsys, tiny
 def test_a_prompt_longer_than_the_model_is_refused(capsys, tiny_folder):
     said = mistake(capsys, "generate", "--model", tiny_folder, "--max_new_tokens", "8", "word " * 600)
     assert "this model takes 504 before an answer" in said
-
-
-@pytest.mark.parametrize("own", [None, "7"])
-def test_onednn_keeps_few_products_unless_told_otherwise(own, monkeypatch, capsys):
-    """It keeps 1,024 by itself, each with its scratch memory: a run with many micro-batch sizes grew by them."""
-    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    monkeypatch.delenv(name, raising=False)
-    if own:
-        monkeypatch.setenv(name, own)
-    assert cli.main(["--version"]) == 0
-    assert os.environ[name] == (own or cli.PRODUCTS_KEPT)
-    monkeypatch.setenv(name, "")  # what main has set goes with the test
-    capsys.readouterr()

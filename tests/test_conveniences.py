@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from conftest import randomize_lora, relative_error, write_jsonl
 from safetensors.torch import load_file
 
-from minilora import adapter, checkpoint, cli, generate, loop, lora, model, output, record, rundir, runlog
+from minilora import adapter, checkpoint, cli, generate, loop, lora, memory, model, output, record, rundir, runlog
 from minilora.attention import Layout
 from minilora.batching import Part, Schedule, common_prefix, cut, make_schedule, mixed
 from minilora.config import TrainConfig, resolve
@@ -557,6 +558,18 @@ def test_what_steps_have_freed_is_given_back_now_and_then(start, monkeypatch):
     for clock[0] in (100.0, 104.0, 109.0, 111.0, 115.0, 130.0):
         record.record_step(run, 1.0, 1.0, 1e-3, 10, 5, 0.1)
     assert done == [100.0, 111.0, 130.0]
+
+
+@pytest.mark.parametrize("own", [None, "7"])
+def test_onednn_keeps_few_products_unless_told_otherwise(own, load_tiny, monkeypatch):
+    """It keeps 1,024 by itself, each with its scratch memory: a run with many micro-batch sizes grew by them."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.setenv(name, "")  # put back after the test
+    monkeypatch.delenv(name)
+    if own:
+        monkeypatch.setenv(name, own)
+    load_tiny()
+    assert os.environ[name] == (own or str(memory.PRODUCTS_KEPT))
 
 
 def test_a_sample_is_one_line_whatever_it_holds():

@@ -14,8 +14,8 @@ import minilora
 PACKAGE = Path(minilora.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [  # a room imports only rooms before it
-    *("errors", "config", "dist", "files", "data", "dataset", "attention", "batching", "cache", "sources", "quant"),
-    *("model", "dropout", "flavours", "lora", "fast", "loss", "optim", "memory", "page", "checkpoint", "adapter"),
+    *("errors", "config", "dist", "files", "data", "dataset", "attention", "batching", "cache", "sources", "memory"),
+    *("quant", "model", "dropout", "flavours", "lora", "fast", "loss", "optim", "page", "checkpoint", "adapter"),
     *("generate", "questions", "adapters", "chat", "output", "api", "layerwise", "merge", "export"),
     *("evaluate", "rundir", "stopping", "runlog", "method", "shard", "watch", "predict", "run", "plan"),
     *("look", "preview", "doctor", "report", "record", "finish"),
