@@ -27,6 +27,7 @@ CACHE_FROM_BYTES = 16 * 2**20  # of a training file: what is smaller is tokenise
 UNPACKED = 8  # bytes of text that a byte of a .gz may stand for
 VERSION = 1
 INDEX = "index.json"
+MAX_INDEX_BYTES = 2**30  # it names every line that was left out
 BLOCK_BYTES = 2**20
 
 
@@ -65,17 +66,16 @@ def cached(report: DataReport, markup: ChatMarkup, on_bad_rows: str, how: Mappin
 def _open(place: Path, report: DataReport) -> Dataset | None:
     """What the cache in this folder holds; `report` gets what was told when it was made. None: it is not whole."""
     try:
-        index = files.read_json(place / INDEX)
-        for name, (size, checksum) in index["columns"].items():
-            if os.stat(place / name).st_size != size or _checksum(place / name) != checksum:
-                return None
+        content = json.loads(files.read_bytes(place / INDEX, MAX_INDEX_BYTES))
+        told, sums = content["report"], [_checksum(place / name) for name in Columns._fields]
+        if content != _index(told, sums):
+            return None
         columns = _columns(place)
-        told = index["report"]
         before = told.pop("file")
         told["bad"] = [report.file + reason.removeprefix(before) for reason in told["bad"]]
         for name, value in told.items():
             setattr(report, name, Counter(value) if name == "unread" else value)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return of_file(report.file, columns)
 
@@ -99,9 +99,14 @@ def _build(place: Path, report: DataReport, parts: Iterator[Columns]) -> None:
         if report.sha256 != expected:
             raise DataError(f"{report.file} was changed while it was read. Start again.")
         describe(of_file(report.file, _columns(aside)), report)
-        sizes = {name: (os.stat(aside / name).st_size, _checksum(aside / name)) for name in Columns._fields}
-        index = {"columns": sizes, "report": dataclasses.asdict(report)}
+        index = _index(dataclasses.asdict(report), [_checksum(aside / name) for name in Columns._fields])
         files.write_file(aside / INDEX, files.json_chunks(index))
+
+
+def _index(report: dict[str, Any], sums: list[int]) -> dict[str, Any]:
+    """What stands beside the columns: what happened to the file's lines, and the checksum of this and of them."""
+    text = json.dumps([report, sums], sort_keys=True)
+    return {"report": report, "checksum": zlib.crc32(text.encode())}
 
 
 def _uncollected(parts: Iterator[Columns]) -> Iterator[Columns]:

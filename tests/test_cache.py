@@ -163,6 +163,16 @@ def test_a_damaged_cache_is_made_anew(rows, markup, place, name, damage):
     assert len(folders(place)) == 1
 
 
+def test_a_figure_that_was_changed_in_a_cache_is_seen(rows, markup, place):
+    expected = in_memory(rows, markup)
+    open_cache(rows, markup)
+    path = folders(place)[0] / cache.INDEX
+    text = path.read_text("utf-8")
+    assert '"kept": 45' in text
+    path.write_text(text.replace('"kept": 45', '"kept": 44'), "utf-8")
+    assert_same(open_cache(rows, markup), expected)
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(rows, markup, place):
     report = DataReport(str(rows), sha256="0" * 64)
     with pytest.raises(DataError, match="was changed while it was read"):
