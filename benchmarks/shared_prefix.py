@@ -3,7 +3,8 @@
     python -m benchmarks.shared_prefix --model FOLDER --train_file rows.jsonl --rows 32 --prompts 13,100,500
 
 A prompt of N tokens stands before each row (with its markup a few more are shared). Each run is a process of its own;
-the loss of the first step must be the same (dropout 0), and its gradient norm.
+the loss of the first step must be the same (dropout 0), and its gradient norm. The last peak is that of a third run,
+which shares nothing and has as many rows in a micro-batch as the one that shares.
 """
 
 import argparse
@@ -29,23 +30,33 @@ def prompt_of(tokenizer: Any, tokens: int) -> str:
     return tokenizer.decode((ids * (tokens // len(ids) + 1))[:tokens])
 
 
-def train(prompt: str, share: str, args: argparse.Namespace) -> Result:
+def budget_of_as_many_rows(tokenizer: Any, prompt: str, args: argparse.Namespace) -> int:
+    """The tokens of a micro-batch that holds the rows which meet in one where the prompt is shared."""
+    from minilora.batching import MICRO_BATCH_TOKENS, common_prefix, cut_examples
+    from minilora.config import TrainConfig
+    from minilora.data import ChatMarkup, read_rows
+    from minilora.dataset import tokenize
+    from minilora.model import pick_device
+    from minilora.run import SHARED_PREFIXES
+
+    with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
+        Path(file.name).write_bytes(first_rows(args.train_file, args.rows))
+        rows, report = read_rows(file.name)
+    how = {name: getattr(TrainConfig, name) for name in ("max_length", "overlong", "train_on_prompt")}
+    dataset = list(tokenize(rows, ChatMarkup(tokenizer), report, system_prompt=prompt, **how))
+    most = max(MICRO_BATCH_TOKENS[pick_device(args.device).type], SHARED_PREFIXES * common_prefix(dataset))
+    return max(sum(len(dataset[i].input_ids) - 1 for i in part) for part in cut_examples(dataset, most, True))
+
+
+def train(prompt: str, share: str, args: argparse.Namespace, max_tokens: int = 0) -> Result:
     """One step's worth of rows at a time, in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = folder / "rows.jsonl"
         rows.write_bytes(first_rows(args.train_file, args.rows))
         command = [sys.executable, str(ROOT / "train.py"), "lora", "--model", args.model, "--train_file", str(rows)]
-        command += [
-            "--system_prompt",
-            prompt,
-            "--share_prefix",
-            share,
-            "--num_train_epochs",
-            "1",
-            "--lora_dropout",
-            "0",
-        ]
+        command += ["--system_prompt", prompt, "--share_prefix", share, "--num_train_epochs", "1"]
+        command += ["--lora_dropout", "0", "--max_tokens_per_micro_batch", str(max_tokens)]
         command += ["--output_dir", str(folder / "run"), "--device", args.device]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=os.environ)
         if done.returncode:
@@ -66,14 +77,16 @@ def main() -> None:
     from minilora.model import load_tokenizer
 
     tokenizer = load_tokenizer(Path(args.model))
-    print("| prompt, tokens | without, tokens/s | with | gain | peak without, GiB | with | loss | gradient norm |")
-    print("| --- " * 8 + "|")
+    peaks = "peak without, GiB | with | without, as many rows"
+    print(f"| prompt, tokens | without, tokens/s | with | gain | {peaks} | loss | gradient norm |")
+    print("| --- " * 9 + "|")
     for tokens in map(int, args.prompts.split(",")):
         prompt = prompt_of(tokenizer, tokens)
         off, on = (train(prompt, share, args) for share in ("off", "on"))
+        as_many = train(prompt, "off", args, budget_of_as_many_rows(tokenizer, prompt, args))
         cells = [f"{off['tokens_per_second']:.1f}", f"{on['tokens_per_second']:.1f}"]
         cells += [f"{on['tokens_per_second'] / off['tokens_per_second']:.2f} x"]
-        cells += [f"{each['peak_memory_bytes'] / 2**30:.2f}" for each in (off, on)]
+        cells += [f"{each['peak_memory_bytes'] / 2**30:.2f}" for each in (off, on, as_many)]
         cells += [f"{off['first'][key]:.5f} / {on['first'][key]:.5f}" for key in ("loss", "grad_norm")]
         print(f"| {len(tokenizer.encode(prompt))} | {' | '.join(cells)} |", flush=True)
 

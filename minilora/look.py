@@ -20,6 +20,7 @@ from minilora.page import Html, bar, page, section, table, tag
 from minilora.runlog import say
 
 FIRST_VALUES = 5  # of an embedding that are shown
+EXACT = "float32"  # what is computed in another type is said to be rounded
 SHOWN_TOKENS = 64  # in the terminal: of a longer text its beginning and its end
 
 
@@ -176,7 +177,8 @@ def show(found: Inspection) -> None:
     """Print an inspection."""
     say("text", visible(found.text))
     if not found.raw:
-        say("", f"in chat markup, up to where the assistant answers; system prompt: {visible(found.system_prompt)!r}")
+        system = f"system prompt: {visible(found.system_prompt)!r}" if found.system_prompt else "no system prompt"
+        say("", f"in chat markup, up to where the assistant answers; {system}")
     say("tokens", f"{len(found.tokens):,}: position, id, text, first values of the embedding")
     for token in shortened(found.tokens):
         if token is None:
@@ -190,6 +192,8 @@ def show(found: Inspection) -> None:
     say("logits", f"({tokens:,}, {vocabulary:,}): at each position one for each token of the vocabulary")
     names = list(found.predicted)
     say("next token", f"after position {tokens - 1}, the last: probability among all {vocabulary:,} tokens (place)")
+    if found.dtype != EXACT:
+        say("", rounded(found))
     say("", f"{'id':>7}  {'text':<16}" + "".join(f"{name:>21}" for name in names))
     for candidate in found.candidates:
         cells = "".join(
@@ -198,6 +202,11 @@ def show(found: Inspection) -> None:
         say("", f"{candidate.id:>7}  {padded(quoted(candidate.text), 16)}{cells}")
     for name, text in found.predicted.items():
         say("predicted", f"{name}: {quoted(text)}")
+
+
+def rounded(found: Inspection) -> str:
+    """What is to be known of probabilities that are not computed in float32."""
+    return f"computed in {found.dtype}, whose rounding moves them, at times by a factor of two; finer: --dtype {EXACT}"
 
 
 def shortened(tokens: Sequence[Token]) -> list[Token | None]:
@@ -238,9 +247,8 @@ def as_page(found: Inspection, title: str) -> Html:
         cells: list[object] = [candidate.id, tag("code", quoted(candidate.text))]
         for number, name in enumerate(names):
             chance = candidate.probability[name]
-            cells += [f"{100 * chance:.4f} % ({candidate.rank[name]:,})", bar(chance / largest, number)]
+            cells.append(tag("span", f"{100 * chance:.4f} % ({candidate.rank[name]:,})", bar(chance / largest, number)))
         rows.append(cells)
-    head = ["id", "text", *(cell for name in names for cell in (name, ""))]
     how = "as the tokenizer alone cuts it" if found.raw else "in chat markup, up to where the assistant answers"
     prompt = [tag("p", "system prompt: ", found.system_prompt, class_="soft")] if found.system_prompt else []
     return page(
@@ -258,8 +266,9 @@ def as_page(found: Inspection, title: str) -> Html:
                 "p",
                 f"Logits ({tokens:,}, {vocabulary:,}). Their last row, position {tokens - 1}, as probabilities among "
                 f"all {vocabulary:,} tokens of the vocabulary; in brackets the place.",
+                *([f" They are {rounded(found)}."] if found.dtype != EXACT else []),
             ),
-            table(head, rows, numbers=[0, *range(2, 2 + 2 * len(names), 2)]),
+            table(["id", "text", *names], rows, numbers=[0]),
             *(tag("p", name, " predicts ", tag("code", quoted(text))) for name, text in found.predicted.items()),
         ),
     )

@@ -78,7 +78,8 @@ def short_answers(speaker: Speaker, conversations: Sequence[Sequence[Turn]]) -> 
     """The beginnings of the greedy answers to a few conversations, each of which leaves room for a token."""
     longest = max(len(speaker.markup.prompt_ids(turns, speaker.system_prompt)) for turns in conversations)
     room = speaker.model.config.max_position_embeddings - longest
-    return answer(speaker, conversations, Sampling(max_new_tokens=min(SAMPLE_TOKENS, room)))
+    texts = answer(speaker, conversations, Sampling(max_new_tokens=min(SAMPLE_TOKENS, room)))
+    return [text.rstrip("\ufffd") for text in texts]  # cut between the bytes of a character
 
 
 def reload(

@@ -12,6 +12,7 @@ from itertools import pairwise
 MAX_POINTS = 160  # of a line: more than a chart of this width can show
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 210, 50, 10, 10, 24  # of a chart, in units of its own
 NUM_COLOURS = 6
+FAINT, THIN, THICK = 1.1, 1.6, 3.6  # widths of a faint line, of the uppermost of a style and of the lowest of several
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a browser then loads and runs nothing, whatever it is shown
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f8; --card: #fff; --ink: #1c2430; --soft: #5d6878; --line: #dfe3e8;
@@ -23,6 +24,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, "Noto Sans CJK SC", sans-serif; }
+small { text-wrap: balance; }
 main { max-width: 1180px; margin: 0 auto; padding: 16px; }
 h1 { font-size: 1.5em; margin: .4em 0 .1em; overflow-wrap: anywhere; }
 h2 { font-size: 1.1em; margin: 1.8em 0 .6em; }
@@ -36,8 +38,8 @@ h2 { font-size: 1.1em; margin: 1.8em 0 .6em; }
 figcaption { font-weight: 600; } figcaption small { font-weight: 400; }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--soft); font-size: 11px; }
-.grid { stroke: var(--line); } .plot { fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linejoin: round; }
-.faint { opacity: .35; stroke-width: 1.1; } .dashed { stroke-dasharray: 5 4; } .dot { fill: currentColor; }
+.grid { stroke: var(--line); } .plot { fill: none; stroke: currentColor; stroke-linejoin: round; }
+.faint { opacity: .35; } .dashed { stroke-dasharray: 5 4; } .dot { fill: currentColor; }
 .near { fill: transparent; }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
 .c4 { color: var(--c4); } .c5 { color: var(--c5); }
@@ -52,17 +54,24 @@ th, td { text-align: left; vertical-align: top; padding: 5px 12px; border-bottom
 tbody th { white-space: nowrap; }
 tbody tr:last-child > * { border-bottom: 0; } td:first-child:not(.number) { min-width: 8em; }
  th { color: var(--soft); font-weight: 500; font-size: .9em; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-code, pre { font-family: ui-monospace, "Noto Sans Mono CJK SC", monospace; font-size: .9em; }
-.row { margin-bottom: 12px; } .row p { margin: .2em 0 .6em; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; width: 1%;
+  min-width: 0; }
+td code { white-space: nowrap; }
+code, pre { font-family: ui-monospace, monospace, "Noto Sans Mono CJK SC"; font-size: .9em; }
+.row { margin-bottom: 12px; } .row p { margin: .2em 0 .6em; } .row .said + p { margin-top: .9em; }
+.card.row b { font-size: 1em; }
+.said { display: grid; grid-template-columns: 5.5em 1fr; gap: 0 12px; margin-top: .4em; overflow-wrap: anywhere; }
+.said > .soft { font-size: .85em; line-height: 1.75; }
 summary { cursor: pointer; font-size: .9em; margin-top: .6em; }
 .chips span { display: inline-block; border: 1px solid var(--line); border-radius: 4px; padding: 0 5px; margin: 2px;
   font-size: .85em; white-space: pre-wrap; }
 pre { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; } .text { white-space: pre-wrap; }
+.command { padding-left: 1.5em; text-indent: -1.5em; } .command + .command { margin-top: .35em; }
 .bar { display: block; height: 10px; margin-top: 6px; min-width: 1px; border-radius: 2px; background: currentColor; }
 mark { background: var(--goodback); color: var(--good); } .control { color: var(--c5); }
 .cut { color: var(--soft); text-decoration: line-through; }
-@media (max-width: 600px) { main { padding: 10px; } th, td { padding: 4px 8px; } }
+@media (max-width: 600px) { main { padding: 10px; } th, td { padding: 4px 6px; } table { font-size: .9em; }
+  .card b { font-size: 1.1em; } }
 @media print { body { background: #fff; } figure, .card { break-inside: avoid; } }
 """
 
@@ -151,11 +160,12 @@ def chart(title: str, unit: str, lines: Sequence[Line], from_zero: bool = False)
     if not drawn:
         return Html()
     frame = Frame.around([point for line in drawn for point in line.points], from_zero)
+    widths = stroke_widths(drawn)
     picture = tag(
         "svg",
         *frame.axes(),
-        *(stroke(frame, line) for line in drawn),
-        *(mark for line in drawn if line.style != "faint" for mark in marks(frame, line)),
+        *(stroke(frame, line, width) for line, width in zip(drawn, widths, strict=True)),
+        *(mark for line, width in zip(drawn, widths, strict=True) for mark in marks(frame, line, width)),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
         aria_label=title,
@@ -200,7 +210,7 @@ class Frame:
     def axes(self) -> list[Html]:
         """Lines and numbers behind the curves."""
         parts = []
-        for value in ticks(self.bottom, self.top, 4):
+        for value in ticks(self.bottom, self.top, 6):
             height = f"{self.y(value):.1f}"
             parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=height, y2=height, class_="grid"))
             label = {"x": LEFT - 5, "y": height, "text_anchor": "end", "dominant_baseline": "middle"}
@@ -212,18 +222,30 @@ class Frame:
         return parts
 
 
-def stroke(frame: Frame, line: Line) -> Html:
+def stroke_widths(lines: Sequence[Line]) -> list[float]:
+    """A width for each line: where several lie on each other, all are seen, since those below are wider."""
+    widths = [FAINT if line.style == "faint" else THIN for line in lines]
+    for style in ("line", "dots"):
+        alike = [i for i, line in enumerate(lines) if line.style == style]
+        for above, i in enumerate(reversed(alike)):
+            widths[i] = round(THIN + above * (THICK - THIN) / max(1, len(alike) - 1), 2)
+    return widths
+
+
+def stroke(frame: Frame, line: Line, width: float) -> Html:
     """The path of a line."""
     places = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in line.points)
-    return tag("polyline", points=places, class_=f"plot {line.style} {colour(line.number)}")
+    return tag("polyline", points=places, stroke_width=width, class_=f"plot {line.style} {colour(line.number)}")
 
 
-def marks(frame: Frame, line: Line) -> Iterable[Html]:
+def marks(frame: Frame, line: Line, width: float) -> Iterable[Html]:
     """What the pointer finds at each point of a line: its step and value; for dots also something to see."""
+    if line.style == "faint":
+        return
     seen = line.style == "dots" or len(line.points) == 1
     for x, y in line.points:
         text = f"{line.label + ', ' if line.label else ''}step {x:,.0f}: {short(y)}"
-        place = {"cx": f"{frame.x(x):.1f}", "cy": f"{frame.y(y):.1f}", "r": 3 if seen else 5}
+        place = {"cx": f"{frame.x(x):.1f}", "cy": f"{frame.y(y):.1f}", "r": round(width + 1.4, 2) if seen else 5}
         yield tag("circle", tag("title", text), **place, class_=f"{'dot' if seen else 'near'} {colour(line.number)}")
 
 
@@ -264,4 +286,7 @@ def short(value: float) -> str:
     """A number in few characters."""
     if value == 0 or 0.001 <= abs(value) < 1000:
         return f"{value:.3g}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.2g}"
+    if 1000 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"

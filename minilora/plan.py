@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,7 +71,8 @@ def plan(config: TrainConfig, card: str | None) -> None:
     say("model", f"{config.model}: {num_layers(base_folder)} layers, matrix products in {dtype}")
     say("rows", about_rows)
     say("setting", f"method {config.method}, micro-batches of up to {choice.max_tokens:,} tokens")
-    say("", f"the largest has {batch.input_ids.numel():,} tokens of {len(batch.layout.lengths):,} examples")
+    count = len(batch.layout.lengths)
+    say("", f"the largest has {batch.input_ids.numel():,} tokens of {count:,} example{'s' * (count != 1)}")
     if choice.checkpointing:
         say("", "activations are computed again in the backward pass")
     say("place", f"{place.name}, {gib(place.usable)} usable")
@@ -99,7 +100,8 @@ def on_card(config: TrainConfig, card: str) -> Place:
         known = ", ".join(CARDS_GIB)
         raise ConfigError(f"--card {card!r} is none of {known}, and no number of GiB.{nearest(card, CARDS_GIB)}")
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    return Place(f"{card} ({size} GiB): not measured", "cuda", dtype, 0.0, size * 2**30 * USABLE)
+    name = f"a card of {size} GiB" if digits.isdecimal() else f"{card} ({size} GiB)"
+    return Place(f"{name}: not measured", "cuda", dtype, 0.0, size * 2**30 * USABLE)
 
 
 def rows_of(config: TrainConfig) -> tuple[Sets, str]:
@@ -117,8 +119,8 @@ def rows_of(config: TrainConfig) -> tuple[Sets, str]:
     sets = make_sets(config, read, ChatMarkup(load_tokenizer(base_folder)), longest)
     lengths = sets.train.lengths
     return sets, (
-        f"{', '.join(config.train_files)}: {len(sets.train):,}, of {int(np.median(lengths)):,} tokens in the middle "
-        f"and {int(lengths.max()):,} at most"
+        f"{', '.join(config.train_files)}: {len(sets.train):,}, of "
+        f"{int(np.percentile(lengths, 50, method='higher')):,} tokens in the middle and {int(lengths.max()):,} at most"
     )
 
 
@@ -168,20 +170,31 @@ def parts_table(memory: Memory, method: str, place: Place) -> str:
         "peak of a micro-batch beyond them (logits, what is computed on)": memory.beyond,
     }
     parts["kernels' code and the heap's holes (measured share)"] = place.peak(memory) - sum(parts.values())
-    rows = [f"| {name} | {gib(size)} |" for name, size in parts.items() if size >= 1]
-    return "\n".join(["| part | memory |", "| --- | --- |", *rows, f"| **peak** | **{gib(place.peak(memory))}** |"])
+    rows = [(name, gib(size)) for name, size in parts.items() if size >= 1]
+    return markdown([("part", "memory"), *rows, ("**peak**", f"**{gib(place.peak(memory))}**")])
 
 
 def settings_table(cells: Grid, place: Place) -> str:
     """Markdown: the peak over budgets and variants; what does not fit is in brackets."""
     names = [method + ", checkpointing" * again for method, again in VARIANTS]
-    lines = [f"| micro-batch of up to | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
-    for row, tokens in enumerate(cells.tokens):
-        peaks = [cells.memories[variant][row] for variant in VARIANTS]
+    rows = [("micro-batch of up to", *names)]
+    for number, tokens in enumerate(cells.tokens):
+        peaks = [cells.memories[variant][number] for variant in VARIANTS]
         shown = [gib(place.peak(memory)) if place.fits(memory) else f"({gib(place.peak(memory))})" for memory in peaks]
-        more = f" ({tokens:,} are a whole step)" if tokens < BUDGETS[row] else ""
-        lines.append(f"| {BUDGETS[row]:,} tokens{more} | {' | '.join(shown)} |")
-    return "\n".join([*lines, "", "In brackets: does not fit."])
+        more = f" ({tokens:,} are a whole step)" if tokens < BUDGETS[number] else ""
+        rows.append((f"{BUDGETS[number]:,} tokens{more}", *shown))
+    return f"{markdown(rows)}\n\nIn brackets: does not fit."
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns stand below each other in a terminal, too: text at the left, the numbers at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    padded = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        for row in (rows[0], rule, *rows[1:])
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
 
 
 def verdict(memory: Memory, variant: Variant, max_tokens: int, cells: Grid, place: Place) -> str:

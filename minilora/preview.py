@@ -16,7 +16,7 @@ from minilora.data import IGNORE, MAX_LINE_BYTES, ChatMarkup, DataReport, Row, r
 from minilora.dataset import Dataset, tokenize
 from minilora.look import token_text, visible
 from minilora.model import find_model, load_tokenizer
-from minilora.page import Html, bar, page, section, table, tag
+from minilora.page import Html, bar, colour, page, section, table, tag
 from minilora.run import longest_allowed
 from minilora.runlog import say, style
 
@@ -68,6 +68,7 @@ class Preview:
     """Some rows as the model will see them, and the statistics of all."""
 
     rows: list[Shown]
+    asked: int  # how many were to be shown
     statistics: Statistics
     notes: list[str]
 
@@ -100,7 +101,7 @@ def preview(path: str, config: TrainConfig, num_rows: int, from_line: int) -> Pr
     notes: list[str] = []
     material = read(path, config, notes)
     seen = [row for row in material.rows if row.line >= from_line][:num_rows]
-    return Preview([shown(material, row.line) for row in seen], statistics(material), notes)
+    return Preview([shown(material, row.line) for row in seen], num_rows, statistics(material), notes)
 
 
 def read(path: str, config: TrainConfig, notes: list[str]) -> Material:
@@ -234,15 +235,15 @@ def show(found: Preview) -> None:
     for row in found.rows:
         say(f"line {row.line}", in_words(row))
         print(as_text(row), end="\n\n", flush=True)
-    if not found.rows:
+    if found.asked and not found.rows:
         say("", "there is no row from that line on")
     for label, text in facts(found.statistics):
         say(label, visible(text))
     largest = max(count for _, _, count in found.statistics.bins)
-    for shortest, longest, count in found.statistics.bins:
+    for i, (shortest, longest, count) in enumerate(found.statistics.bins):
         blocks = "█" * -(-count * BAR_COLUMNS // largest)
-        beyond = "  beyond max_length" if shortest > found.statistics.max_length else ""
-        say("", f"{shortest:>6,} - {longest:>6,}  {blocks:<{BAR_COLUMNS}} {count:,}{beyond}")
+        beyond = "  all beyond max_length" if shortest > found.statistics.max_length else ""
+        say("" if i else "lengths", f"{shortest:>6,} - {longest:>6,}  {blocks:<{BAR_COLUMNS}} {count:,}{beyond}")
 
 
 def in_words(row: Shown) -> str:
@@ -318,7 +319,8 @@ def as_page(found: Preview) -> Html:
     ]
     kinds = (("mark", "learned", ""), ("span", "only read", ""), ("span", "markup", "control"), ("span", "cut", "cut"))
     legend = tag("p", *(tag("span", tag(name, text, class_=kind), " ") for name, text, kind in kinds))
-    head = ("tokens a row", "rows", f"second colour: beyond max_length {stats.max_length:,}")
+    beyond = tag("span", "■ ", class_=colour(1)), f"all beyond max_length {stats.max_length:,}"
+    head = ("tokens a row", "rows", tag("span", *beyond) if stats.bins[-1][0] > stats.max_length else "")
     return page(
         f"Rows of {stats.file}",
         *(tag("p", note) for note in found.notes),
@@ -330,7 +332,7 @@ def as_page(found: Preview) -> Html:
 
 def _row_as_html(row: Shown) -> Html:
     text = [tag("mark" if kind == "learned" else "span", part, class_=kind) for kind, part in row.pieces]
-    single = [tag("span", f"{visible(part)} {id}") for part, id in row.tokens]
+    single = [tag("span", visible(part), " ", tag("small", id)) for part, id in row.tokens]
     details = tag("details", tag("summary", "token by token, with ids"), tag("p", *single, class_="chips"))
     head = tag("p", f"line {row.line}: {in_words(row)}", class_="soft")
     return tag("div", head, tag("pre", *text), details, class_="card row")

@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, starmap
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from minilora.errors import ConfigError
 from minilora.memory import gib
 from minilora.page import Html, Line, cards, chart, colour, page, section, smoothed, table, tag
 from minilora.rundir import CONFIG
-from minilora.runlog import METRICS, SUMMARY
+from minilora.runlog import METRICS, SAMPLES, SUMMARY
 
 REPORT = "report.html"
 MAX_NUMBER = 1e100  # beyond it a chart has no use, and arithmetic on it overflows
 SMOOTHED_SHARE = 25  # the smooth line's points are means of a run's 25th part
 TELLING = ("held-out loss", "steps", "peak memory", "trained parameters")  # facts whose remark is one of the run
+SHOWN_QUESTIONS, SHOWN_ANSWERS = 20, 20  # of samples.jsonl; answers: between the first and the last
+SHOWN_CHARACTERS = 300  # of a prompt or a reference; answers are short, they are beginnings themselves
 Points = list[tuple[float, float]]  # (step, value)
+Question = tuple[str, str]  # (prompt, reference)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Record:
     steps: dict[str, Points] = field(default_factory=dict)  # by the keys of metrics.jsonl
     evaluations: Points = field(default_factory=list)
     last_step: int = 0
+    samples: dict[Question, list[tuple[float, str]]] = field(default_factory=dict)  # (step, answer) of samples.jsonl
 
     @property
     def config(self) -> dict[str, Any]:
@@ -70,7 +75,7 @@ def read_run(folder: Path) -> Record:
     except ValueError:
         summary = {}
     name = folder.name or os.path.basename(os.path.abspath(folder))
-    record = Record(name, folder, about, summary)
+    record = Record(name, folder, about, summary, samples=read_samples(folder / SAMPLES))
     if not (folder / METRICS).exists():
         return record
     last = 0
@@ -83,11 +88,22 @@ def read_run(folder: Path) -> Record:
             if (value := number(entry[key])) is not None:
                 points = record.evaluations if key == "eval_loss" else record.steps.setdefault(key, [])
                 points.append((step, value))
-    return Record(name, folder, about, summary, record.steps, record.evaluations, last)
+    return dataclasses.replace(record, last_step=last)
+
+
+def read_samples(path: Path) -> dict[Question, list[tuple[float, str]]]:
+    """The answers to each question of samples.jsonl; none where there is no such file."""
+    found: dict[Question, list[tuple[float, str]]] = {}
+    for entry in entries(path) if path.exists() else ():
+        step = number(entry.get("step"))
+        if step is not None and "answer" in entry:
+            question = str(entry.get("prompt", "")), str(entry.get("reference", ""))
+            found.setdefault(question, []).append((step, str(entry["answer"])))
+    return found
 
 
 def entries(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of metrics.jsonl; a line that is none (cut short, say) is passed over."""
+    """The JSON objects of a file, one a line; a line that is none (cut short, say) is passed over."""
     for _, line in read_lines(path):
         try:
             entry = json.loads(line)
@@ -123,12 +139,14 @@ def as_page(runs: Sequence[Record]) -> Html:
     head = summary_of_one(one) if one else comparison(runs)
     parts = [
         section("Over the steps", tag("div", *charts(runs), class_="charts")),
-        section("Before and after", answers(runs)),
+        section("Before and after", *answers(runs)),
+        *([section("Answers over the steps", *samples(runs))] if any(run.samples for run in runs) else []),
         section("Data", data(runs)),
         section("Settings", settings(runs)),
     ]
     if one:
-        parts += [section("The result", result(one)), section("To go on", tag("div", commands(one), class_="card"))]
+        lines = (tag("pre", line, class_="command") for line in commands(one))
+        parts += [section("The result", result(one)), section("To go on", tag("div", *lines, class_="card"))]
     return page(one.name if one else f"{len(runs)} runs compared", head, *parts)
 
 
@@ -149,7 +167,8 @@ def comparison(runs: Sequence[Record]) -> Html:
         more = tag("small", " ", remark) if name in TELLING and remark else ""
         return tag("span", value or "-", more)
 
-    rows = [(name, *(cell(name, *each[name]) for each in found)) for name in found[0]]
+    names = [name for name in found[0] if any(each[name][0] for each in found)]
+    rows = [(name, *(cell(name, *each[name]) for each in found)) for name in names]
     head = ("", *(tag("span", "■ ", run.name, class_=colour(i)) for i, run in enumerate(runs)))
     return section("Outcome", table(head, rows))
 
@@ -195,12 +214,12 @@ def charts(runs: Sequence[Record]) -> list[Html]:
     """Curves over the steps; each run in its colour."""
     alone = len(runs) == 1
     loss, held_out = loss_lines(runs), [named(run, i, run.evaluations, "dots", runs) for i, run in enumerate(runs)]
+    unit = "nats a learned token"
+    means = f"{unit}, smoothed (faint: each step)" if any(line.style == "faint" for line in loss) else unit
     if alone:  # both on one chart, to be compared
-        evaluations = Line("held-out", runs[0].evaluations, 1, "dots")
-        both = [chart("Loss", "nats a learned token", [*loss, evaluations])]
+        both = [chart("Loss", means, [*loss, Line("held-out", runs[0].evaluations, 1, "dots")])]
     else:
-        both = [chart("Training loss", "nats a token, smoothed", loss)]
-        both.append(chart("Held-out loss", "nats a token", held_out))
+        both = [chart("Training loss", means, loss), chart("Held-out loss", unit, held_out)]
     clip = {number(run.config.get("max_grad_norm")) for run in runs}
     limit = clip.pop() if len(clip) == 1 else None
     norms = of_each(runs, "grad_norm")
@@ -256,24 +275,67 @@ def scaled(line: Line, factor: float) -> Line:
 # ---------------------------------------------------------------------------------------- tables
 
 
-def answers(runs: Sequence[Record]) -> Html:
+def answers(runs: Sequence[Record]) -> list[Html]:
     """What base and result say to the same prompts; a base that several runs share speaks once."""
-    said: dict[str, dict[str, str]] = {}  # column by prompt
-    columns: list[str] = []
+    said: dict[str, dict[str, str]] = {}  # answer by speaker, by prompt
     several = len(runs) > 1
-    bases: dict[str, str] = {}  # column by fingerprint
+    bases: dict[str, str] = {}  # speaker by fingerprint
     for run in runs:
         identity = str(run.about.get("base_fingerprint", run.name))
         base = bases.setdefault(identity, f"base of {run.name}" if bases else "base")
         for sample in objects(run.summary.get("answers")):
-            for column, key in ((base, "base"), (run.name if several else "tuned", "tuned")):
-                columns += [] if column in columns else [column]
-                said.setdefault(str(sample.get("prompt", "")), {})[column] = str(sample.get(key, ""))
+            for speaker, key in ((base, "base"), (run.name if several else "tuned", "tuned")):
+                said.setdefault(str(sample.get("prompt", "")), {})[speaker] = str(sample.get(key, ""))
     if not said:
-        return tag("p", "No answers yet: a run gives them at its end.", class_="soft")
-    rows = [(prompt, *(cells.get(column, "") for column in columns)) for prompt, cells in said.items()]
-    texts = [[tag("span", cell, class_="text") for cell in row] for row in rows]
-    return table(("prompt", *columns), texts)
+        return [tag("p", "No answers yet: a run gives them at its end.", class_="soft")]
+    return [question(prompt, *starmap(answer, answered.items())) for prompt, answered in said.items()]
+
+
+def samples(runs: Sequence[Record]) -> Iterator[Html]:
+    """What each question of the evaluation set was answered as the steps went on."""
+    yield tag("p", "Only the beginnings of answers; the likeliest token each time.", class_="soft")
+    questions = list(dict.fromkeys(asked for run in runs for asked in run.samples))
+    for prompt, reference in questions[:SHOWN_QUESTIONS]:
+        said = []
+        for i, run in enumerate(runs):
+            if given := run.samples.get((prompt, reference)):
+                said += [tag("p", tag("span", "■ ", class_=colour(i)), run.name)] if len(runs) > 1 else []
+                said += over_the_steps(given)
+        said += [answer("in the file", beginning(reference))] if reference else []
+        yield question(beginning(prompt), *said)
+    if more := questions[SHOWN_QUESTIONS:]:
+        yield tag("p", f"... and {len(more):,} more questions in {SAMPLES}", class_="soft")
+
+
+def over_the_steps(answers: Sequence[tuple[float, str]]) -> list[Html]:
+    """The first and the last answer, what lies between them folded; successive steps that say the same are one."""
+    spans = []
+    for text, group in groupby(answers, key=lambda said: said[1]):
+        steps = [f"{step:,.0f}" for step, _ in group]
+        spans.append(answer(f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}", text))
+    between, most = spans[1:-1], SHOWN_ANSWERS
+    if not between:
+        return spans
+    title = f"{len(between):,} answer{'s' * (len(between) > 1)} between"
+    if len(between) > most:
+        title = f"{most} of {title}"
+        between = [between[round(i * (len(between) - 1) / (most - 1))] for i in range(most)]
+    return [spans[0], tag("details", tag("summary", title), *between), spans[-1]]
+
+
+def question(prompt: str, *said: Html) -> Html:
+    """A prompt and what was said to it."""
+    return tag("div", tag("b", prompt, class_="text"), *said, class_="card row")
+
+
+def answer(when: str, text: str) -> Html:
+    """A text, and beside it when or where it was said."""
+    return tag("div", tag("span", when, class_="soft"), tag("span", text, class_="text"), class_="said")
+
+
+def beginning(text: str) -> str:
+    """As much of a text as is shown."""
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]} ..."
 
 
 def data(runs: Sequence[Record]) -> Html:
@@ -295,13 +357,14 @@ def data(runs: Sequence[Record]) -> Html:
         "tokens": lambda entry: f"{count(entry, 'tokens'):,.0f}",
         "learned": lambda entry: f"{100 * count(entry, 'supervised_tokens') / (count(entry, 'tokens') or 1):.0f} %",
     }
-    rows: dict[tuple[str, ...], None] = {}  # what several runs read stands there once
+    columns: dict[tuple[str, ...], None] = {}  # what several runs read stands there once
     for run in runs:
         for entry in objects(run.about.get("data")):
-            rows[str(entry.get("file", "")), *(cell(entry) for cell in cells.values())] = None
-    if not rows:
+            columns[str(entry.get("file", "")), *(cell(entry) for cell in cells.values())] = None
+    if not columns:
         return tag("p", "The run does not say.", class_="soft")
-    return table(("file", *cells), list(rows), numbers=range(1, 1 + len(cells)))
+    head, *rows = zip(("", *cells), *columns, strict=True)
+    return table(head, rows)
 
 
 def settings(runs: Sequence[Record]) -> Html:
@@ -354,11 +417,11 @@ def result_folder(run: Record) -> Path:
     return run.folder / ("model" if run.summary.get("result") == "model" else "adapter")
 
 
-def commands(run: Record) -> Html:
+def commands(run: Record) -> list[str]:
     """What to do with the result, or with a run that has not ended."""
     folder = shlex.quote(str(run.folder))
     if not run.summary:
-        return tag("pre", f"python -m minilora train --resume {folder}")
+        return [f"python -m minilora train --resume {folder}"]
     adapter = run.summary.get("result") != "model"
     which = f"--{'adapter' if adapter else 'model'} {shlex.quote(str(result_folder(run)))}"
     lines = [f"python -m minilora chat {which}"]
@@ -371,4 +434,4 @@ def commands(run: Record) -> Html:
             f"python -m minilora export {which} --output_dir {shlex.quote(str(run.folder / 'portable'))} --portable"
         )
     lines.append(f"python -m minilora report {folder} ANOTHER_RUN")
-    return tag("pre", "\n".join(lines))
+    return lines

@@ -78,6 +78,8 @@ class RunLog:
     def evaluation(self, record: dict[str, Any], best: float | None) -> None:
         """An evaluation is done; best is that of the evaluations before."""
         self._write(record)
+        if record["step"] == self._done_before:  # the one before the first step says nothing of how long steps take
+            self._started = time.monotonic()
         change = (
             ""
             if best is None or record["eval_loss"] is None
@@ -267,4 +269,5 @@ def device_name(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)"
+    count = torch.get_num_threads()
+    return f"{device} ({count} thread{'s' * (count != 1)})"

@@ -577,6 +577,26 @@ def test_a_sample_is_one_line_whatever_it_holds():
     assert runlog.one_line("x" * 70) == "x" * 57 + "..."
 
 
+def test_a_sample_that_ends_within_a_character_ends_before_it(start, monkeypatch):
+    monkeypatch.setattr(output, "answer", lambda *_: ["一座城\ufffd\ufffd", "a city"])
+    run = start()
+    speaker = Speaker(run.model.eval(), run.tokenizer, run.markup, "")
+    assert output.short_answers(speaker, [(Turn("user", "a"),)] * 2) == ["一座城", "a city"]
+
+
+def test_the_time_that_is_left_does_not_count_the_first_evaluation(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
+    log = runlog.RunLog(tmp_path, 0, -1, 5, 10)
+    clock[0] = 100.0
+    log.evaluation({"step": 0, "eval_loss": 2.0}, None)
+    clock[0] = 110.0
+    figures = {"loss": 1.0, "learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second": 1.0, "peak_memory_bytes": 1}
+    log.step({"step": 1, "epoch": 0.2, **figures})
+    log.close()
+    assert capsys.readouterr().out.rstrip().endswith("left 40 s")
+
+
 # ---------------------------------------------------------------------------------------- TensorBoard
 
 

@@ -164,6 +164,19 @@ def test_the_command_shows_both_side_by_side(tuned, tmp_path, capsys):
         assert f"position {tokens - 1}" in text
 
 
+def test_what_is_not_there_or_not_exact_is_said(tiny_folder, tmp_path, capsys):
+    said, pages = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        html = tmp_path / f"{dtype}.html"
+        flags = ["--model", str(tiny_folder), "--device", "cpu", "--dtype", dtype, "--html", str(html), "猴子"]
+        assert cli.main(["inspect", *flags]) == 0
+        said[dtype], pages[dtype] = capsys.readouterr().out, Page(html.read_text()).text
+        assert "no system prompt" in said[dtype]
+    for shown in (said, pages):
+        assert "--dtype float32" in shown["bfloat16"]
+        assert "--dtype float32" not in shown["float32"]
+
+
 def test_a_long_text_is_shown_from_both_ends(speaker, capsys):
     found = inspect(speaker, "red bird " * 80, raw=True, top_k=2)
     look.show(found)

@@ -94,6 +94,23 @@ def test_a_chart_shows_its_numbers():
     assert "training" in found.of("b")
 
 
+def test_lines_that_lie_on_each_other_are_both_seen():
+    points = [(1, 4.0), (2, 2.0)]
+    found = Page(page("x", chart("x", "", [Line("a", points, 0), Line("b", points, 1), Line("c", points, 2)])))
+    widths = [float(each["stroke-width"]) for each in found.attributes("polyline")]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] >= widths[1] + 0.5 >= widths[2] + 1.0
+    found = Page(page("x", chart("x", "", [Line("a", points, 0, "dots"), Line("b", points, 1, "dots")])))
+    below, above = (float(each["r"]) for each in found.attributes("circle")[::2])
+    assert below > above
+
+
+@pytest.mark.parametrize("high", [1.0, 1.4, 2.1, 2.7, 3.5, 5.5, 7.0, 9.9])
+def test_an_axis_has_enough_numbers(high):
+    found = Page(page("x", chart("x", "", [Line("", [(1, 0.0), (2, high)])])))
+    assert 3 <= len(found.of("text")) - 2 <= 8  # two are of the steps
+
+
 finite = st.floats(-1e30, 1e30, allow_subnormal=False)
 
 
@@ -147,9 +164,11 @@ def test_ticks_are_round_and_inside(low, width, about):
         (0, "0"),
         (0.5, "0.5"),
         (2.34567, "2.35"),
-        (1e-4, "0.0001"),
+        (1e-4, "1e-4"),
+        (0.00025, "2.5e-4"),
+        (-3e-7, "-3e-7"),
         (12345.6, "12,346"),
-        (1e9, "1e+09"),
+        (1e9, "1e9"),
         (-2000, "-2,000"),
     ],
 )

@@ -9,7 +9,7 @@ from minilora import cli, demo
 from minilora import plan as planning
 from minilora.config import TrainConfig
 from minilora.errors import ConfigError
-from minilora.plan import BUDGETS, CARDS_GIB, VARIANTS, Grid, Place, on_card, verdict
+from minilora.plan import BUDGETS, CARDS_GIB, VARIANTS, Grid, Place, markdown, on_card, verdict
 from minilora.predict import Memory
 
 GIB = 2**30
@@ -69,7 +69,26 @@ def test_without_rows_all_are_as_long_as_allowed(said):
     )
     assert "there is no none.jsonl: all are taken to have 300 tokens" in text
     assert "the largest has 897 tokens of 3 examples" in text
-    assert "24 (24 GiB)" in text
+    assert "a card of 24 GiB: not measured" in text
+
+
+def test_figures_in_words(said, capsys):
+    """The middle of an even number of lengths is the one that training and preview name."""
+    text = said("--max_tokens_per_micro_batch", "30")
+    assert "the largest has 66 tokens of 1 example\n" in text
+    assert cli.main(["preview", "rows.jsonl", "--model", DEMO, "--rows", "0"]) == 0
+    median = re.search(r"p95 / max: \d+ / (\d+) / ", capsys.readouterr().out)[1]
+    assert f"rows.jsonl: 40, of {median} tokens in the middle" in text
+
+
+def test_the_columns_of_a_table_stand_below_each_other():
+    table = markdown([("part", "memory"), ("a", "1.0 MiB"), ("b and c", "22.0 MiB")])
+    assert table.splitlines() == [
+        "| part    |   memory |",
+        "| :------ | -------: |",
+        "| a       |  1.0 MiB |",
+        "| b and c | 22.0 MiB |",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,9 @@ def test_the_command(file, tiny_folder, tmp_path, capsys):
     ):
         assert text in said
     assert said.count("█") > 5
+    assert said.count("\nlengths  ") == 1
     found = Page(page.read_text())
+    assert "beyond max_length 60" in found.text
     assert "".join(found.of("mark")).startswith("learned" + "warm warm")
     assert "8 rows of instruction/output, 6 kept" in found.text
     assert len(found.of("mark")) == 2  # of the legend, and of the one row that is not dropped
@@ -210,6 +212,7 @@ def test_a_page_of_hostile_rows(tmp_path, tiny_folder):
     path.write_text(json.dumps(row) + "\n")
     assert cli.main(["preview", str(path), "--model", str(tiny_folder), "--html", str(page)]) == 0
     text = Page(page.read_text()).text
+    assert "beyond" not in text  # no row is
     assert "</pre><script>x</script>" in text
     assert "<img src=x onerror=y> &amp; " in text
 
@@ -236,3 +239,5 @@ def test_mistakes(flags, message, file, tiny_folder, capsys):
 def test_no_row_there(file, tiny_folder, capsys):
     assert cli.main(["preview", str(file), "--model", str(tiny_folder), "--from_line", "999"]) == 0
     assert "there is no row from that line on" in capsys.readouterr().out
+    assert cli.main(["preview", str(file), "--model", str(tiny_folder), "--rows", "0"]) == 0
+    assert "there is no row" not in capsys.readouterr().out

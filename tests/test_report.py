@@ -95,8 +95,12 @@ def test_a_page_says_what_the_run_says(make_run):
     assert [name.strip() for name in page.of("figcaption") if name.strip()] == [
         *("Loss", "Learning rate", "Gradient norm", "Speed", "Peak memory so far")
     ]
-    assert {"rows.jsonl", "12", "10", "2", "30 / 50 / 77", "25 %"} <= set(page.of("td"))
-    assert {"who?", "nobody", "me"} <= set(page.of("span"))
+    assert "rows.jsonl" in page.of("th")
+    assert {"12", "10", "2", "30 / 50 / 77", "25 %"} <= set(page.of("td"))
+    assert "who?" in page.of("b")
+    spans = page.of("span")
+    first = spans.index("base")
+    assert spans[first : first + 4] == ["base", "nobody", "tuned", "me"]
     assert "read from the disk into a fresh base" in page.text
     assert "ffffffffffffffff" in page.text
 
@@ -126,11 +130,11 @@ def test_settings_that_differ_from_the_defaults_come_first(make_run):
 
 def test_commands_to_go_on_are_quoted(make_run):
     folder = make_run("it's a run; rm x")
-    (commands,) = page_of(folder).of("pre")
+    commands = page_of(folder).of("pre")
     adapter = f"'{folder.parent}/it'\"'\"'s a run; rm x/adapter'"
-    assert f"python -m minilora chat --adapter {adapter}\n" in commands
+    assert f"python -m minilora chat --adapter {adapter}" in commands
     for verb in ("eval", "verify", "merge", "export"):
-        assert f"minilora {verb} --adapter {adapter}" in commands
+        assert f"minilora {verb} --adapter {adapter}" in "\n".join(commands)
 
 
 def test_a_run_that_has_not_ended(make_run):
@@ -143,7 +147,7 @@ def test_a_run_that_has_not_ended(make_run):
 
 def test_method_full_has_a_model(make_run):
     folder = make_run(ended=summary(result="model"))
-    (commands,) = page_of(folder).of("pre")
+    commands = "\n".join(page_of(folder).of("pre"))
     assert f"chat --model {folder}/model" in commands
     assert "merge" not in commands
 
@@ -264,9 +268,11 @@ def test_several_runs_side_by_side(make_run, tmp_path):
     cells = page.of("td")
     place = cells.index("learning_rate")
     assert cells[place : place + 3] == ["learning_rate", "0.0001", "0.0003"]
+    assert page.of("b").count("who?") == 1
     spans = page.of("span")
-    assert [spans.count(text) for text in ("who?", "nobody", "me", "you")] == [1, 1, 1, 1]  # the base speaks once
-    assert page.of("td").count("rows.jsonl") == 1
+    assert [spans.count(text) for text in ("nobody", "me", "you")] == [1, 1, 1]  # the base speaks once
+    assert page.of("th").count("rows.jsonl") == 1
+    assert "skipped steps" not in page.of("td")  # neither has skipped any
     classes = {each["class"] for each in page.attributes("polyline")}
     assert {"plot line c0", "plot line c1"} <= classes
 
@@ -283,7 +289,17 @@ def test_runs_of_the_same_name_are_told_apart(make_run, tmp_path):
 def test_runs_of_other_bases_bring_their_own_answers(make_run):
     other = make_run("other", base_fingerprint="e" * 64)
     page = page_of(make_run("one"), other)
-    assert [text for text in page.of("th") if text.startswith("base")] == ["base", "base of other"]
+    spans = page.of("span")
+    assert [text for text in spans if text.startswith("base")] == ["base", "base of other"]
+    assert spans.index("base") < spans.index("base of other")
+
+
+def test_the_charts_say_what_is_smoothed(make_run):
+    text = "".join(json.dumps({"step": step, "loss": 2.0}) + "\n" for step in range(1, 101))
+    short, other, long = make_run("short"), make_run("other"), make_run("long", metrics=text)
+    said = "nats a learned token, smoothed (faint: each step)"
+    assert [said in page_of(*runs).of("small") for runs in ([short], [short, other])] == [False, False]
+    assert [said in page_of(*runs).of("small") for runs in ([long], [long, other])] == [True, True]
 
 
 # ---------------------------------------------------------------------------------------- what a stranger left
@@ -390,6 +406,7 @@ def test_a_browser_shows_it_without_scrolling_sideways(make_run, tmp_path, width
     """A real browser lays the page out; a script of ours, which the page's own policy would not allow, measures."""
     answers = [{"prompt": "who?", "base": "nobody " * 60, "tuned": "x" * 300}]
     one = make_run("a-run-with-quite-a-long-name-" * 3, ended=summary(answers=answers))
+    write_samples(one, ("why? " * 60, "z" * 300, ["x" * 300, "y", "nobody " * 60]))
     source = page_of(one, make_run("other")).source
     assert re.search("<meta http-equiv", source)
     measure = "document.title = 'is ' + document.documentElement.scrollWidth + ' of ' + innerWidth"
