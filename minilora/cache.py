@@ -3,12 +3,12 @@
 Small files are tokenised in memory, each time anew.
 """
 
-import dataclasses
 import fcntl
 import gc
 import hashlib
 import json
 import os
+import resource
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,16 +16,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import tokenizers
 from tqdm import tqdm
 
-from minilora import files
+from minilora import data, dataset, files
 from minilora.data import ChatMarkup, DataReport, stream_rows
 from minilora.dataset import DTYPES, Columns, Dataset, FileColumn, describe, of_file, tokenized
 from minilora.errors import DataError, StorageError
 
-CACHE_FROM_BYTES = 16 * 2**20  # of a training file: what is smaller is tokenised sooner than it is hashed and looked up
+CACHE_FROM_BYTES = 16 * 2**20  # of a file: what is smaller takes seconds, and is not worth a copy on the disk
 UNPACKED = 8  # bytes of text that a byte of a .gz may stand for
-VERSION = 1
 INDEX = "index.json"
 MAX_INDEX_BYTES = 2**30  # it names every line that was left out
 BLOCK_BYTES = 2**20
@@ -40,8 +40,9 @@ def is_large(path: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where caches lie: $XDG_CACHE_HOME/minilora/tokens, by default in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "minilora" / "tokens"
+    """Where caches lie: $XDG_CACHE_HOME/minilora/tokens, by default in ~/.cache. They may be deleted at any time."""
+    asked = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(asked if os.path.isabs(asked) else os.path.expanduser("~/.cache")) / "minilora" / "tokens"
 
 
 def cached(report: DataReport, markup: ChatMarkup, on_bad_rows: str, how: Mapping[str, Any]) -> Dataset:
@@ -50,17 +51,24 @@ def cached(report: DataReport, markup: ChatMarkup, on_bad_rows: str, how: Mappin
     `report` gets what happened to its lines. Raises DataError, as reading and tokenising do, and StorageError where
     the cache cannot be written.
     """
-    made_of = {"version": VERSION, "file": report.sha256, "tokenizer": markup.sha256, "on_bad_rows": on_bad_rows, **how}
+    made_of = {"code": _code(), "file": report.sha256, "tokenizer": markup.sha256, "on_bad_rows": on_bad_rows, **how}
     place = cache_folder() / hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file has six columns, and there may be many files
     if (found := _open(place, report)) is None:
-        with _alone(place.parent):  # of several processes one builds, the others wait for it
+        with _alone(place):  # of several processes one builds, the others wait for it
             if (found := _open(place, report)) is None:
-                files.sweep(place.parent)
                 _build(place, report, tokenized(_progress(report, on_bad_rows), markup, report, **how))
                 found = _open(place, report)
     if found is None:
         raise StorageError(f"{place} cannot be read back. Is the disk whole?")
     return found
+
+
+def _code() -> str:
+    """What turns a file into examples, as it is now: after a change of it old caches are not taken."""
+    sources = [Path(module.__file__ or "").read_bytes() for module in (data, dataset)]
+    return hashlib.sha256(b"".join([tokenizers.__version__.encode(), *sources])).hexdigest()
 
 
 def _open(place: Path, report: DataReport) -> Dataset | None:
@@ -99,8 +107,8 @@ def _build(place: Path, report: DataReport, parts: Iterator[Columns]) -> None:
         if report.sha256 != expected:
             raise DataError(f"{report.file} was changed while it was read. Start again.")
         describe(of_file(report.file, _columns(aside)), report)
-        index = _index(dataclasses.asdict(report), [_checksum(aside / name) for name in Columns._fields])
-        files.write_file(aside / INDEX, files.json_chunks(index))
+        index = _index(vars(report), [_checksum(aside / name) for name in Columns._fields])
+        files.write_file(aside / INDEX, [json.dumps(index).encode()])  # escaped: names of fields may be no UTF-8
 
 
 def _index(report: dict[str, Any], sums: list[int]) -> dict[str, Any]:
@@ -111,11 +119,13 @@ def _index(report: dict[str, Any], sums: list[int]) -> dict[str, Any]:
 
 def _uncollected(parts: Iterator[Columns]) -> Iterator[Columns]:
     """The parts, made without searching for cycles: there are none among millions of pieces of text."""
+    before = gc.isenabled()
     gc.disable()
     try:
         yield from parts
     finally:
-        gc.enable()
+        if before:
+            gc.enable()
 
 
 def _to_disk(out: BinaryIO) -> None:
@@ -132,13 +142,15 @@ def _checksum(path: Path) -> int:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other process builds a cache in this folder meanwhile; the kernel frees the lock of one that dies."""
-    with files.storage_errors(folder):
-        os.makedirs(folder, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+def _alone(place: Path) -> Iterator[None]:
+    """No other process builds this cache meanwhile; the kernel frees the lock of one that dies."""
+    with files.storage_errors(place.parent):
+        os.makedirs(place.parent.parent, exist_ok=True)
+        place.parent.mkdir(mode=0o700, exist_ok=True)  # the rows may not be everyone's to read
+        descriptor = os.open(place.with_name(f".{place.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with files.storage_errors(place.parent):  # not every file system has locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -295,26 +295,27 @@ def _whole_file_mistake(report: DataReport, first: bytes) -> str:
     first: its first line, the only one that tells an array, a table or UTF-16 from a file of bad rows.
     """
     path, text = report.file, first.strip()
-    mend = f"{shlex.quote(path)} > new.jsonl converts it"
+    unpack = f"gunzip -k {shlex.quote(path)} && " if path.endswith(".gz") else ""
+    mend = f"{shlex.quote(path.removesuffix('.gz'))} > new.jsonl converts it"
     for name, starts in UTF16.items():
         if first.startswith(starts):
-            return f"{path}: this is {name}, UTF-8 is needed: iconv -f {name} -t UTF-8 {mend}"
+            return f"{path}: this is {name}, UTF-8 is needed: {unpack}iconv -f {name} -t UTF-8 {mend}"
     not_utf8 = sum(": not UTF-8 (" in reason for reason in report.bad)
     encoding = "gb18030" if 2 * not_utf8 > len(report.bad) else "utf-8-sig"
     opened = f'open(sys.argv[1], newline="", encoding="{encoding}")'
     script = "import csv, json, sys; [print(json.dumps(row)) for row in %s]"
     if re.match(rb"\[\s*(\{|$)", text):
         command = "python -c " + shlex.quote(script % f"json.load({opened})")
-        return f"{path}: this is a JSON array, one object a line is needed: {command} {mend}"
+        return f"{path}: this is a JSON array, one object a line is needed: {unpack}{command} {mend}"
     columns = [name.strip(b" \"'").decode(errors="replace") for name in re.split(rb"[,;\t]", text)]
     if {key for needed in FORMATS.values() for key in needed} & set(columns):
         delimiter = next(mark for mark in "\t;," if mark.encode() in text or mark == ",")
         command = "python -c " + shlex.quote(script % f"csv.DictReader({opened}, delimiter={delimiter!r})")
-        return f"{path}: this is a table (CSV), one JSON object a line is needed: {command} {mend}"
+        return f"{path}: this is a table (CSV), one JSON object a line is needed: {unpack}{command} {mend}"
     if text == b"{":
-        return f"{path}: its objects take several lines each, one object a line is needed: jq -c . {mend}"
+        return f"{path}: its objects take several lines each, one object a line is needed: {unpack}jq -c . {mend}"
     if encoding == "gb18030":
-        return f"{report.bad[0]}; UTF-8 is needed. Where the file is GBK: iconv -f GB18030 -t UTF-8 {mend}"
+        return f"{report.bad[0]}; UTF-8 is needed. Where the file is GBK: {unpack}iconv -f GB18030 -t UTF-8 {mend}"
     return ""
 
 

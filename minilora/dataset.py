@@ -18,7 +18,7 @@ import numpy as np
 from minilora.data import IGNORE, MAX_PROBLEMS_SHOWN, ChatMarkup, DataReport, Example, Row
 from minilora.errors import DataError
 
-ROWS_AT_ONCE = 4096
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 2**22  # that are tokenised together
 
 
 class FileColumn:
@@ -37,7 +37,10 @@ class FileColumn:
         found = np.empty(max(0, end - start), self._dtype)
         space, place = memoryview(cast(Any, found)).cast("B"), start * self._dtype.itemsize
         while space:
-            count = os.preadv(self._file.fileno(), [space], place)
+            try:
+                count = os.preadv(self._file.fileno(), [space], place)
+            except OSError as error:
+                raise DataError(f"{self._file.name} cannot be read: {error.strerror}.") from error
             if not count:
                 raise DataError(f"{self._file.name} was cut short while it was in use.")
             space, place = space[count:], place + count
@@ -143,7 +146,7 @@ def of_file(file: str, columns: Columns) -> Dataset:
 
 
 def join(parts: Sequence[Dataset]) -> Dataset:
-    """The examples of one data set after those of the other; each with all that its files hold."""
+    """The examples of one data set after those of the other; each must hold all that its files hold, as at first."""
     columns = tuple(each for part in parts for each in part.columns)
     count = sum(len(each.lines) for each in columns)
     assert count == sum(map(len, parts)), "only whole files are joined"
@@ -202,14 +205,13 @@ def tokenized(
     overlong: str,
     train_on_prompt: bool,
 ) -> Iterator[Columns]:
-    """Rows as examples of at most max_length tokens, ROWS_AT_ONCE by ROWS_AT_ONCE; `report` counts what was cut.
+    """Rows as examples of at most max_length tokens, some rows at a time; `report` counts what was cut.
 
     A truncated answer never gets an end token. Tokens after the last supervised one cannot reach the loss and are not
     kept. At the end raises DataError for overlong = error with the lines that are too long, and when none is left.
     """
     left, too_long, named = 0, 0, list[str]()
-    rows = iter(rows)
-    while part := list(itertools.islice(rows, ROWS_AT_ONCE)):
+    for part in _portions(rows):
         ids, supervised, lengths = markup.render([row.turns for row in part], system_prompt)
         lines = np.array([row.line for row in part])
         supervised |= train_on_prompt
@@ -235,6 +237,19 @@ def tokenized(
         raise DataError("\n".join([*named, f"{too_long:,} rows. {hint}"]))
     if not left:
         raise DataError(f"{report.file}: no example is left with max_length {max_length:,}; raise it.")
+
+
+def _portions(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows, some at a time: few of long ones, so that a file of these does not fill the memory."""
+    part, size = list[Row](), 0
+    for row in rows:
+        part.append(row)
+        size += sum(len(turn.content) for turn in row.turns)
+        if len(part) == ROWS_AT_ONCE or size >= CHARACTERS_AT_ONCE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 def describe(dataset: Dataset, report: DataReport) -> None:

@@ -165,9 +165,10 @@ def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
                 raise ValueError("not a regular file")
-            content = file.read(max_bytes + 1)
+            content = file.read(min(found.st_size, max_bytes) + 1)
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
     if len(content) > max_bytes:

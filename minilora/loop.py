@@ -23,7 +23,7 @@ from minilora.record import out_of_memory, record_evaluation, record_step, save_
 from minilora.run import Run, prepare
 from minilora.stopping import StopRequest
 
-EVAL_GROUP = 256  # examples cut into micro-batches together: as many as that pack well
+EVAL_GROUP = 256  # examples cut into micro-batches together: enough to fill them well
 
 
 def train(config: TrainConfig) -> Summary:
@@ -98,8 +98,8 @@ def gradients(run: Run, examples: list[Example], supervised: int) -> Tensor:
     Each process takes its share of the examples. When memory runs out the step begins again with a smaller budget.
     """
     while True:
-        loss, full = torch.zeros((), device=run.device), False
-        torch.manual_seed(step_seed(run.config.seed, run.state.step, run.world.rank))  # draws: of these and of the cut
+        loss, no_memory = torch.zeros((), device=run.device), False
+        torch.manual_seed(step_seed(run.config.seed, run.state.step, run.world.rank))  # dropout: of these and the cut
         try:
             with packed(run.model.train()):
                 for batch in run.batches(examples):
@@ -110,8 +110,8 @@ def gradients(run: Run, examples: list[Example], supervised: int) -> Tensor:
                     loss += nats.detach() / supervised
                     run.check()
         except (RuntimeError, MemoryError) as error:
-            full = out_of_memory(run, error)
-        if not run.world.any(full):
+            no_memory = out_of_memory(run, error)
+        if not run.world.any(no_memory):
             return run.world.add_up(run.model.parameters(), loss)
         run.optimizer.zero_grad(set_to_none=True)
         free_cached(run.device)
@@ -130,8 +130,8 @@ def evaluate(run: Run, dataset: Dataset) -> float:
             found = (*_evaluate(run, dataset), False)
         except (RuntimeError, MemoryError) as error:
             found = 0.0, 0, out_of_memory(run, error)
-        nats, supervised, full = map(sum, zip(*run.world.exchange(found), strict=True))
-        if not full:
+        nats, supervised, no_memory = map(sum, zip(*run.world.exchange(found), strict=True))
+        if not no_memory:
             return nats / supervised
         free_cached(run.device)
         shrink_budget(run, dataset.lengths)

@@ -1,8 +1,7 @@
 """The files of a run: read together, rendered, looked through for repeats, split, and mixed by their weights."""
 
-import bisect
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,11 +26,11 @@ class Source:
     rows: list[Row] | None
     report: DataReport
 
-    def row(self, line: int) -> Row:
-        """The row of a line."""
-        if self.rows is None:  # only the first ones are asked for
-            return next(row for row in stream_rows(DataReport(self.report.file), "skip") if row.line == line)
-        return self.rows[bisect.bisect_left(self.rows, line, key=lambda row: row.line)]
+    def rows_of(self, lines: Iterable[int]) -> Iterator[Row]:
+        """The rows of these lines, in the order of the file, which is read no further than they are taken."""
+        wanted = set(lines)
+        rows = stream_rows(DataReport(self.report.file), "skip") if self.rows is None else self.rows
+        return (row for row in rows if row.line in wanted)
 
 
 @dataclass(frozen=True)
@@ -88,18 +87,19 @@ def make_sets(config: TrainConfig, sources: Sources, markup: ChatMarkup, max_len
     The reports of `sources` get what was found.
     """
     reports = [source.report for source in sources.train]
-    rendered = _for_all(sources.train, lambda source: to_examples(config, source, markup, max_length))
-    train_set = without_repeats(join(rendered), reports, remove=config.deduplicate)
+    every = [*sources.train, *([sources.eval] if sources.eval else [])]
+    rendered = _for_all(every, lambda source: to_examples(config, source, markup, max_length))
+    train_set = without_repeats(join(rendered[: len(sources.train)]), reports, remove=config.deduplicate)
     train_set, eval_set = split(train_set, config.val_size, config.seed)
     asked = sources.train
     if sources.eval is not None:
-        eval_set = to_examples(config, sources.eval, markup, max_length)
+        eval_set, asked = rendered[-1], [sources.eval]
         without_repeats(eval_set, [sources.eval.report], remove=False)
-        asked = [sources.eval]
     if eval_set is not None:
         note_overlap(train_set, eval_set, reports)
     parts = parts_of(train_set, config.train_weights)
-    for part, report in zip(parts, reports, strict=False):
+    taken = [report for number, report in enumerate(reports) if parts and (train_set.sources == number).any()]
+    for part, report in zip(parts, taken, strict=True):
         report.notes.append(f"an epoch takes {part.taken:,} of its {part.rows:,} rows, by its weight")
     questions = first_questions(config, eval_set, asked, markup, max_length) if eval_set is not None else []
     return Sets(train_set, eval_set, parts, questions)
@@ -182,10 +182,11 @@ def first_questions(
 ) -> list[Question]:
     """The first `eval_samples` of the evaluation set that a user asks, and that leave room for an answer."""
     found: list[Question] = []
-    for source, line in zip(eval_set.sources.tolist(), eval_set.lines.tolist(), strict=True):
-        if len(found) == config.eval_samples:
-            break
-        question = question_of(sources[source].row(line))
-        if question and len(markup.prompt_ids(question.turns, config.system_prompt)) < max_length:
-            found.append(question)
+    for number, source in enumerate(sources if config.eval_samples else ()):
+        for row in source.rows_of(eval_set.lines[eval_set.sources == number].tolist()):
+            if len(found) == config.eval_samples:
+                return found
+            question = question_of(row)
+            if question and len(markup.prompt_ids(question.turns, config.system_prompt)) < max_length:
+                found.append(question)
     return found

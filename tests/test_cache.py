@@ -1,6 +1,6 @@
 """A large training file is tokenised once: what its cache gives is what memory gives, and half a cache is none."""
 
-import dataclasses
+import errno
 import gzip
 import json
 import os
@@ -64,7 +64,7 @@ def in_memory(path, markup, **how):
 
 def assert_same(found, expected):
     (ours, our_report), (theirs, their_report) = found, expected
-    assert dataclasses.asdict(our_report) == dataclasses.asdict(their_report)
+    assert vars(our_report) == vars(their_report)
     assert ours.files == theirs.files
     for name in ("lengths", "lines", "counts", "keys", "sources"):
         assert np.array_equal(getattr(ours, name), getattr(theirs, name)), name
@@ -173,6 +173,73 @@ def test_a_figure_that_was_changed_in_a_cache_is_seen(rows, markup, place):
     assert_same(open_cache(rows, markup), expected)
 
 
+def test_another_code_makes_another_cache(rows, markup, place, monkeypatch):
+    open_cache(rows, markup)
+    monkeypatch.setattr(cache, "_code", lambda: "of tomorrow")
+    open_cache(rows, markup)
+    assert len(folders(place)) == 2
+
+
+def test_a_cache_is_its_owners(rows, markup, place):
+    open_cache(rows, markup)
+    assert place.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("where", ["flock", "write"])
+def test_what_the_system_refuses_makes_memory_do(where, make_config, markup, monkeypatch, place):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    if where == "flock":
+        monkeypatch.setattr(cache.fcntl, "flock", refuse)
+    else:
+        monkeypatch.setattr(cache, "_to_disk", refuse)
+    config = make_config()
+    read = sources.read_sources(config)
+    assert len(sources.make_sets(config, read, markup, 512).train) == 32
+    assert "Function not implemented" in read.reports[0].notes[0]
+    assert folders(place) == []
+
+
+def test_names_that_are_no_text_do_not_stop_it(tmp_path, markup):
+    path = tmp_path / "odd.jsonl"
+    path.write_text('{"\\ud800": 1, "instruction": "red", "output": "blue"}\n', "utf-8")
+    assert_same(open_cache(path, markup), in_memory(path, markup))
+    assert_same(open_cache(path, markup), in_memory(path, markup))
+
+
+def test_long_rows_go_in_small_portions(rows, markup, monkeypatch):
+    expected, sizes = in_memory(rows, markup), []
+    monkeypatch.setattr(dataset, "CHARACTERS_AT_ONCE", 200)
+    monkeypatch.setattr(dataset, "ROWS_AT_ONCE", 10**6)
+    plain = ChatMarkup.render
+    monkeypatch.setattr(ChatMarkup, "render", lambda self, *args: sizes.append(len(args[0])) or plain(self, *args))
+    assert_same(in_memory(rows, markup), expected)
+    assert 1 in sizes
+    assert max(sizes) < 10
+
+
+def test_questions_are_found_in_one_pass(make_config, tmp_path, markup, monkeypatch):
+    config = make_config(val_size=0.5, eval_samples=9)
+    passes = []
+    plain = sources.stream_rows
+    monkeypatch.setattr(sources, "stream_rows", lambda *args: passes.append(args) or plain(*args))
+    found = sources.make_sets(config, sources.read_sources(config), markup, 512).questions
+    assert len(found) == 9
+    assert len(passes) == 1
+    cache.CACHE_FROM_BYTES = 10**9  # put back by the fixture
+    assert sources.make_sets(config, sources.read_sources(config), markup, 512).questions == found
+
+
+def test_how_often_a_file_is_taken_is_said_of_that_file(make_config, tmp_path, markup):
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", 8, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    config = make_config(train_file=tuple(map(str, paths)), train_weights=(1.0, 1.0, 0.5), deduplicate=True)
+    read = sources.read_sources(config)
+    sources.make_sets(config, read, markup, 512)
+    said = [[note for note in report.notes if "an epoch takes" in note] for report in read.reports]
+    assert said == [[f"an epoch takes {taken} of its 8 rows, by its weight"] if taken else [] for taken in (8, 0, 4)]
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(rows, markup, place):
     report = DataReport(str(rows), sha256="0" * 64)
     with pytest.raises(DataError, match="was changed while it was read"):
@@ -279,6 +346,15 @@ def test_gz_is_read_as_what_it_holds(rows, markup, tmp_path, make_config):
         packed.write_bytes(broken)
         with pytest.raises(DataError, match=r"packed\.jsonl\.gz cannot be read: "):
             read_rows(packed, "skip")
+
+
+def test_a_packed_file_is_unpacked_before_it_is_mended(tmp_path):
+    packed = tmp_path / "rows.json.gz"
+    packed.write_bytes(gzip.compress(b'[{"instruction": "a", "output": "b"}]'))
+    with pytest.raises(DataError) as caught:
+        read_rows(packed)
+    assert f"gunzip -k {packed} && python -c " in str(caught.value)
+    assert f" {tmp_path}/rows.json > new.jsonl" in str(caught.value)
 
 
 def test_a_pattern_names_files(tmp_path):
