@@ -98,7 +98,7 @@ def write(folder: Path, named: Mapping[str, Tensor], config: AdapterConfig, meta
     """
     if broken := [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]:
         raise DivergedError(
-            f"the adapter is not finite ({broken[0]} and {len(broken) - 1} more): not written to {folder}"
+            f"the adapter is not finite ({len(broken)} of its tensors, the first {broken[0]}): not written to {folder}"
         )
     settings = {
         "peft_type": "LORA",
@@ -128,7 +128,8 @@ def read_config(folder: Path) -> AdapterConfig:
     try:
         raw = files.read_json(path)
     except ValueError as error:
-        raise AdapterError(f"{folder} is no adapter: {path.name}: {error}.") from error
+        inside = f" Its adapter is {folder / 'adapter'}." if (folder / "adapter" / CONFIG).is_file() else ""
+        raise AdapterError(f"{folder} is no adapter: {path.name}: {error}.{inside}") from error
     wrong = [
         f"{key} = {reprlib.repr(raw[key])} is not supported here (only {allowed[0]!r})"
         for key, allowed in NEUTRAL.items()
@@ -300,7 +301,7 @@ def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple
     except ValueError as error:
         raise AdapterError(f"{folder / WEIGHTS}: {error}") from error
     if broken := [name for name, tensor in loaded.items() if not torch.isfinite(tensor).all()]:
-        raise AdapterError(f"{folder / WEIGHTS}: not finite: {broken[0]} and {len(broken) - 1} more")
+        raise AdapterError(f"{folder / WEIGHTS}: not finite: {len(broken)} of its tensors, the first {broken[0]}")
     loaded = {name.removeprefix(PREFIX): tensor.float() for name, tensor in loaded.items()}
     return {
         f"{name}.weight": Update(

@@ -52,6 +52,7 @@ def cached(report: DataReport, markup: ChatMarkup, on_bad_rows: str, how: Mappin
     the cache cannot be written.
     """
     made_of = {"code": _code(), "file": report.sha256, "tokenizer": markup.sha256, "on_bad_rows": on_bad_rows, **how}
+    made_of["packed"] = report.file.endswith(".gz")
     place = cache_folder() / hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file has six columns, and there may be many files
@@ -95,6 +96,9 @@ def _columns(folder: Path) -> Columns:
 def _build(place: Path, report: DataReport, parts: Iterator[Columns]) -> None:
     """Write a cache aside and move it into place when it is whole."""
     expected, tokens = report.sha256, 0
+    if place.is_file():  # something else in its place
+        with files.storage_errors(place):
+            os.unlink(place)
     with files.new_folder(place) as aside:
         with ExitStack() as opened:
             outs = [opened.enter_context(open(aside / name, "xb")) for name in Columns._fields]

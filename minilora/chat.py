@@ -1,5 +1,6 @@
 """A conversation in the terminal, with one adapter or several, and with the base for comparison."""
 
+import re
 import sys
 
 from minilora import generate
@@ -7,6 +8,8 @@ from minilora.adapters import Adapters
 from minilora.data import Turn
 from minilora.errors import AdapterError, DataError, printable
 from minilora.generate import Sampling, Speaker
+
+COMMANDS = ("/adapter NAME", "/base", "/new", "/quit")
 
 
 class Chat:
@@ -39,6 +42,8 @@ class Chat:
                 self.ask_base()
             elif command == "/adapter":
                 self.switch(rest.strip())
+            elif re.fullmatch(r"/[a-zA-Z]+", command):
+                print(f"there is no {command}; possible are {', '.join(COMMANDS)}", file=sys.stderr)
             elif said:
                 self.ask(said)
 

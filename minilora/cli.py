@@ -45,10 +45,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def normal(word: str) -> str:
-    """--learning-rate=1 as --learning_rate=1; other words unchanged."""
+    """--learning-rate=1 as --learning_rate=1, --adapter=~/x with the home folder; other words unchanged."""
     if not word.startswith("--"):
         return word
     flag, equals, value = word.partition("=")
+    if value.startswith("~/"):  # the shell leaves it so behind an equals sign
+        value = os.path.expanduser(value)
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 

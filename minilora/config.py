@@ -353,9 +353,9 @@ def _matches(path: str) -> list[str]:
     """The files that a pattern (*, ?, [...]) stands for, in the order of their names; any other path is itself."""
     if os.path.lexists(path) or not glob.has_magic(path) or "\0" in path:
         return [path]
-    if found := sorted(glob.glob(path, recursive=True)):
+    if found := sorted(each for each in glob.glob(path, recursive=True) if not os.path.isdir(each)):
         return found
-    raise ValueError("matches no file")
+    raise ValueError(f"has {SHORT.repr(path)}, a pattern that matches no file")
 
 
 def expand_targets(names: Any) -> tuple[str, ...]:

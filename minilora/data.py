@@ -119,8 +119,11 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
                     yield number, line
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        hint = "Copy it again if it is cut or damaged; if it is not packed, its name must not end in .gz."
+        raise DataError(f"{path} cannot be read: {str(error).rstrip('.')}. {hint}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def file_sha256(path: str | Path) -> str:

@@ -130,7 +130,8 @@ def to_examples(config: TrainConfig, source: Source, markup: ChatMarkup, max_len
         return cached(report, markup, config.on_bad_rows, how)
     except StorageError as error:
         vars(report).update(vars(fresh))
-        report.notes.append(f"tokenised in memory: {error}")
+        why = str(error).split(". What was saved")[0]
+        report.notes.append(f"tokenised in memory: {why}. Make room for a cache there, or elsewhere by XDG_CACHE_HOME")
         return tokenize(stream_rows(report, config.on_bad_rows), markup, report, **how)
 
 

@@ -145,7 +145,10 @@ def _head(run: Run, search: Search, held_out: int, before: float) -> None:
     config = run.config
     trained_on = ", ".join(config.train_files)
     say("model", f"{config.model}, {in_words(config)}")
-    say("each rate", f"{search.steps} steps of {search.rows} rows of {trained_on}, beginning anew")
+    say(
+        "each rate",
+        f"{search.steps} steps of {min(search.rows, len(run.train_set)):,} rows of {trained_on}, beginning anew",
+    )
     say("judged by", f"{held_out} other rows of {config.eval_file or trained_on}")
     print(f"\n{'learning rate':>14}  {'held-out loss':>13}\n{'(before)':>14}  {before:>13.4f}", flush=True)
 

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import shutil
 import sys
 
 import pytest
@@ -113,6 +114,9 @@ def test_mistakes_are_named_and_change_nothing(folders, several, load_tiny, tmp_
         several.load("attn", folders["few"][0])
     with pytest.raises(AdapterError, match="is no adapter"):
         several.load("none", tmp_path / "none")
+    shutil.copytree(folders["few"][0], tmp_path / "run" / "adapter")
+    with pytest.raises(AdapterError, match=r"is no adapter: .* Its adapter is .*run/adapter\."):
+        several.load("run", tmp_path / "run")
     other = load_tiny()
     with torch.no_grad():
         other.model.embed_tokens.weight.mul_(2)
@@ -182,6 +186,14 @@ def test_chat_switches_and_compares_with_the_base(chat):
     errors = said.err.splitlines()
     assert "nothing has been asked yet" in errors
     assert "there is no adapter 'mpl'; loaded: attn, mlp" in errors
+
+
+def test_in_chat_a_mistyped_command_is_no_prompt(chat):
+    said, asked = chat(["/Base", "/foo bar", "/usr/bin is a folder", "/quit"])
+    assert [turns[-1].content for turns, _, _ in asked] == ["/usr/bin is a folder"]
+    assert said.err.splitlines()[-2:] == [
+        f"there is no {command}; possible are /adapter NAME, /base, /new, /quit" for command in ("/Base", "/foo")
+    ]
 
 
 def test_in_chat_a_given_system_prompt_stays(chat):

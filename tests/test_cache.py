@@ -197,8 +197,28 @@ def test_what_the_system_refuses_makes_memory_do(where, make_config, markup, mon
     config = make_config()
     read = sources.read_sources(config)
     assert len(sources.make_sets(config, read, markup, 512).train) == 32
-    assert "Function not implemented" in read.reports[0].notes[0]
+    (note,) = read.reports[0].notes
+    assert "Function not implemented. Make room for a cache there, or elsewhere by XDG_CACHE_HOME" in note
+    assert "What was saved" not in note
     assert folders(place) == []
+
+
+def test_a_file_in_its_place_is_removed(rows, markup, place):
+    expected = in_memory(rows, markup)
+    open_cache(rows, markup)
+    (folder,) = folders(place)
+    shutil.rmtree(folder)
+    folder.write_text("x")
+    assert_same(open_cache(rows, markup), expected)
+    assert folder.is_dir()
+
+
+def test_a_plain_file_that_calls_itself_packed_is_refused_cached_or_not(rows, markup, tmp_path):
+    open_cache(rows, markup)
+    named = tmp_path / "rows.jsonl.gz"
+    named.write_bytes(rows.read_bytes())
+    with pytest.raises(DataError, match="its name must not end in"):
+        open_cache(named, markup)
 
 
 def test_names_that_are_no_text_do_not_stop_it(tmp_path, markup):
@@ -369,8 +389,10 @@ def test_a_pattern_names_files(tmp_path):
     some = ("a.jsonl", "b.jsonl", "c.txt")
     assert files_of(f"{tmp_path}/[ab].jsonl,{tmp_path}/c.txt") == tuple(f"{tmp_path}/{name}" for name in some)
     assert files_of(f"{tmp_path}/[d].jsonl") == (f"{tmp_path}/[d].jsonl",)  # there is a file of that very name
-    with pytest.raises(ConfigError, match="matches no file"):
-        files_of(f"{tmp_path}/*.json")
+    (tmp_path / "z.jsonl").mkdir()
+    assert files_of(f"{tmp_path}/*.jsonl") == tuple(f"{tmp_path}/{name}" for name in everything)  # no folder
+    with pytest.raises(ConfigError, match=r"/\*\.json', a pattern that matches no file"):
+        files_of(f"{tmp_path}/*.jsonl,{tmp_path}/*.json")
 
 
 TRAIN = """

@@ -531,3 +531,10 @@ def test_prompts_reach_the_model_as_they_are(prompt, conversations, capsys, tiny
 def test_a_prompt_longer_than_the_model_is_refused(capsys, tiny_folder):
     said = mistake(capsys, "generate", "--model", tiny_folder, "--max_new_tokens", "8", "word " * 600)
     assert "this model takes 504 before an answer" in said
+
+
+def test_the_home_folder_behind_an_equals_sign(monkeypatch):
+    """The shell expands ~ only where a word begins with it."""
+    monkeypatch.setenv("HOME", "/home/lo")
+    assert cli.normal("--output-dir=~/x") == "--output_dir=/home/lo/x"
+    assert cli.normal("--system-prompt=~ is a tilde") == "--system_prompt=~ is a tilde"

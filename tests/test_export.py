@@ -190,8 +190,8 @@ def test_an_adapter_that_is_not_finite_is_not_verified(value, write, capsys):
     assert cli.main(["verify", "--adapter", str(folder)]) == 2
     said = capsys.readouterr().err
     assert said == (
-        f"minilora: {folder / adapter.WEIGHTS}: not finite: base_model.model.model.layers.1.mlp.up_proj.lora_B.weight "
-        "and 0 more\n"
+        f"minilora: {folder / adapter.WEIGHTS}: not finite: 1 of its tensors, the first "
+        "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight\n"
     )
 
 
