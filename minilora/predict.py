@@ -29,9 +29,9 @@ from minilora.optim import make_optimizer
 from minilora.watch import Watch, as_on, to_fake
 
 LAYERS = (2, 3)
-STRETCHES = ("forward", "loss", "backward", "first layer's backward", "update")  # of a step, each with its own peak
+STRETCHES = ("forward", "loss", "loss's backward", "backward", "first layer's backward", "update")  # each has its peak
 STEPS_LOOKED_AT = 64
-GATHERED = 3  # layers that a process holds whole: the one at work, the next, and the buffer in which it came
+GATHERED = 3  # layers that a process holds whole: the one at work, the buffer in which it came, and the one before it
 USABLE = 0.9  # of what a device has free: allocators lose some to rounding, kernels take some for themselves
 
 
@@ -126,6 +126,7 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
         with packed(model), Watch(there) as watch, marked_at_first_layer(model, watch):
             with torch.autocast("cpu", torch.bfloat16, enabled=setup.dtype == torch.bfloat16):
                 hidden = hidden_states(model, batch, config.neftune_noise_alpha)
+                hidden.register_hook(lambda _: watch.mark())
                 watch.mark()
                 nats = token_loss(hidden, head_weight(model), batch.targets)
             saved = watch.alive_bytes
@@ -144,23 +145,35 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
 
 def in_parts(memory: Memory, setup: Setup, model: Any) -> Memory:
     """The same where each of setup.shards processes has a part of every layer (see `shard`), and gathers some."""
-    full = setup.config.method == "full"
+    full, shards = setup.config.method == "full", setup.shards
     layer = num_bytes(p for p in model.get_decoder().layers[-1].parameters() if full or not p.requires_grad)
     layers = layer * len(model.get_decoder().layers)
     if not full:
-        return dataclasses.replace(memory, weights=memory.weights - layers + layers / setup.shards + GATHERED * layer)
+        return dataclasses.replace(memory, weights=memory.weights - layers + layers / shards + GATHERED * layer)
     narrow = setup.dtype.itemsize / torch.float32.itemsize  # layers are gathered in the type of the matrix products
-    embedding = num_bytes([model.get_input_embeddings().weight])
-    keeps_casts = not setup.checkpointing and narrow < 1  # a whole model does, for its backward pass
-    casts = layers * narrow if keeps_casts else 0.0
-    gathered = GATHERED * layer * narrow + GATHERED * embedding  # the embedding, and the head, in fp32
+    casts = layers * narrow if narrow < 1 else 0.0  # a whole model keeps these until the loss is there, for autocast
+    kept = 0.0 if setup.checkpointing else casts  # and until its backward pass has used them
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # gathered in fp32, each alone, even if tied
+    embedding, head = (num_bytes([end.weight]) for end in ends)
+    tied: bool = model.config.tie_word_embeddings
+    gathered = GATHERED * layer * narrow  # in the backward pass two layers, and the gradients of one
+    added_up = layer + head / shards  # in fp32: a layer's gradients on their way to the shards, a part of the head's
+    backward = gathered + added_up + embedding * (not tied)  # tied, a whole model holds the head's gradient that long
+    more = (
+        gathered + embedding - casts,
+        head - casts,
+        head / shards - kept,
+        backward - kept,
+        backward - embedding * tied,  # at its end a whole model has the sum of both gradients beside them
+        0.0,
+    )
     return Memory(
-        memory.weights / setup.shards + gathered,
+        memory.weights / shards,
         memory.adapter,
-        memory.optimizer / setup.shards,
-        memory.gradients / setup.shards + layer * (1 + narrow) + embedding,  # of a layer: its own, and what is added up
-        memory.saved - casts,
-        tuple(peak - casts for peak in memory.peaks[:3]) + memory.peaks[3:],
+        memory.optimizer / shards,
+        (memory.gradients + embedding * tied) / shards,  # the last norm's is a view of what came with the embedding's
+        memory.saved - kept,
+        tuple(peak + own for peak, own in zip(memory.peaks, more, strict=True)),
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 import reprlib
 import shlex
 from collections.abc import Iterator, Sequence
@@ -84,9 +85,15 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with this run."""
-        start = "python" if self.world.size == 1 else f"torchrun --nproc-per-node {self.world.size}"
-        return f"{start} train.py --resume {shlex.quote(str(self.folder))}"
+        """The command that goes on with this run, on this machine; of several, torchrun tells each its own."""
+        told, start = os.environ, ["python"]
+        if self.world.size > 1:
+            start = ["torchrun"]
+            if told.get("GROUP_WORLD_SIZE", "1") != "1":
+                start += ["--nnodes", told["GROUP_WORLD_SIZE"], "--node-rank", told.get("GROUP_RANK", "0")]
+                start += ["--master-addr", told["MASTER_ADDR"], "--master-port", told["MASTER_PORT"]]
+            start += ["--nproc-per-node", told.get("LOCAL_WORLD_SIZE", str(self.world.size))]
+        return shlex.join([*start, "train.py", "--resume", str(self.folder)])
 
     def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """The micro-batches that this process takes of the examples of a step, on its device."""

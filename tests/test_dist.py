@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+import weakref
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,16 +25,20 @@ import pytest
 import torch
 from conftest import randomize_lora, relative_error, write_jsonl
 from safetensors.torch import load_file, save_file
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import scaling
 from minilora import checkpoint, cli, dist, loop, run
 from minilora.batching import share
 from minilora.checkpoint import Identity
+from minilora.config import TARGET_GROUPS
 from minilora.data import IGNORE
 from minilora.dist import World
 from minilora.errors import CheckpointError, ConfigError, MiniloraError
-from minilora.predict import Choice
+from minilora.predict import Choice, choose_cut
 from minilora.run import prepare
 from minilora.stopping import StopRequest
 
@@ -41,6 +46,7 @@ pytestmark = [
     pytest.mark.usefixtures("quiet_finish"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a forked child cannot train after its parent has seen CUDA"),
 ]
+SOAK = pytest.mark.soak
 LIMIT_S = 60.0  # for the end of a world that has lost a process
 
 
@@ -89,6 +95,7 @@ def _in_child(rank: int, size: int, port: int, work, log: Path, writing: int) ->
     code, answer = 99, None
     try:
         gc.freeze()  # looking through what the parent has would copy it
+        torch.set_num_threads(1)  # makes torch's thread pool anew: threads that load a model would do so all at once
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -454,6 +461,29 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(make_config, world, 
     assert torch.equal(flat(adapter_of(config.output_dir)), flat(adapter_of(whole.output_dir)))
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ({"LOCAL_WORLD_SIZE": "16"}, "torchrun --nproc-per-node 16"),
+        ({"GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "16"}, "torchrun --nproc-per-node 16"),
+        (
+            {"GROUP_WORLD_SIZE": "2", "GROUP_RANK": "1", "LOCAL_WORLD_SIZE": "8"},
+            "torchrun --nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 29500 --nproc-per-node 8",
+        ),
+        ({}, "torchrun --nproc-per-node 16"),  # started without torchrun
+    ],
+)
+def test_the_resume_command_is_that_of_this_machine(make_config, monkeypatch, told, expected):
+    """It once started all processes on each of several machines."""
+    with ExitStack() as held:
+        own = prepare(make_config(), StopRequest(), held)
+    assert own.resume_command == f"python train.py --resume {own.folder}"
+    own.world = World(8, 16, 0)
+    for name, value in ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"} | told).items():
+        monkeypatch.setenv(name, value)
+    assert own.resume_command == f"{expected} train.py --resume {own.folder}"
+
+
 def lines_so_far(config):
     path = Path(config.output_dir) / "metrics.jsonl"
     return path.read_text().splitlines() if path.exists() else []
@@ -736,6 +766,110 @@ def test_traffic_is_what_the_formula_says(make_config, world, method, fsdp):
     assert received == pytest.approx(expected, rel=0.01)
 
 
+class Held(TorchDispatchMode):
+    """Inside, follows what storages take: those that are there, and those that operators make until they are gone.
+
+    As `minilora.watch.Watch`, on real tensors; FSDP2 also empties storages and fills them again without an operator.
+    """
+
+    def __init__(self, there):
+        super().__init__()
+        self.alive = self.peak = 0
+        self._sizes = {}
+        for tensor in there:
+            self._count(dist.own_part(tensor).untyped_storage())
+        resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = lambda storage, size: self._count(resize(storage, size))  # in this child
+
+    def _count(self, storage):
+        key = storage._cdata
+        if key not in self._sizes:
+            weakref.finalize(storage, lambda: self._add(-self._sizes.pop(key))).atexit = False
+        self._add(storage.nbytes() - self._sizes.get(key, 0))
+        self._sizes[key] = storage.nbytes()
+        return storage
+
+    def _add(self, size):
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, WRAPPERS) for kind in types):  # the tensors within come here next
+            return NotImplemented
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if type(leaf) in PLAIN:
+                self._count(leaf.untyped_storage())
+        return out
+
+
+PLAIN, WRAPPERS = (torch.Tensor, torch.nn.Parameter), (DTensor, AsyncCollectiveTensor)
+
+
+def random_base(tiny_folder, folder, hidden, layers, **shape):
+    """A Qwen2 of this shape with random weights in bf16, the tiny model's tokenizer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shape |= {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers}
+    config = json.loads((folder / "config.json").read_text()) | shape | {"layer_types": ["full_attention"] * layers}
+    config = Qwen2Config(**config)
+    with torch.device("meta"):
+        base = Qwen2ForCausalLM._from_config(config, dtype=torch.bfloat16)
+    base.to_empty(device="cpu")
+    for param in base.parameters():
+        param.data.uniform_(-0.05, 0.05)
+    base.tie_weights()
+    base.save_pretrained(folder)
+    return folder
+
+
+def memory_of_shards(make_config, world, tmp_path, folder, size=2, words=40, **keys):
+    """What the tensors of each process take at most in a step, in bytes: (as its run predicts it, as it was).
+
+    Its second micro-batch is as large as the first, and gradients are there; AdamW's moments are, from before.
+    """
+    rows, row = tmp_path / "rows.jsonl", {"instruction": "red " * (words // 4), "output": "stone " * words}
+    rows.write_text("".join(json.dumps(row) + "\n" for _ in range(2 * size)))
+    keys |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_tokens_per_micro_batch": 1}
+    keys |= {"target_modules": TARGET_GROUPS["all"], "lora_dropout": 0.05}
+    config = make_config(model=str(folder), train_file=str(rows), fsdp=True, **keys)
+
+    def work(rank):
+        predicted = []
+        run.choose_cut = lambda *args: predicted.append(choose_cut(*args)) or predicted[0]
+        with ExitStack() as held:
+            own = prepare(config, StopRequest(), held)
+            for param in own.model.parameters():
+                param.grad = torch.zeros_like(param) if param.requires_grad else None
+            own.optimizer.step()
+            own.optimizer.zero_grad(set_to_none=True)
+            moments = [value for state in own.optimizer.state.values() for value in state.values()]
+            with Held([*own.model.parameters(), *own.model.buffers(), *moments]) as seen:
+                loop.train_step(own)
+            return predicted[0].memory.total, seen.peak
+
+    ended = world(size, work)
+    assert [code for code, _ in ended] == [0] * size, ended
+    return [found for _, found in ended]
+
+
+@pytest.fixture(scope="module")
+def large_folder(tiny_folder, tmp_path_factory):
+    """19 million parameters: 38 MB in bf16, 300 MB with all that training each of them takes."""
+    return random_base(tiny_folder, tmp_path_factory.mktemp("large") / "model", hidden=448, layers=6)
+
+
+@pytest.mark.parametrize(
+    ("method", "again"), [("lora", False), ("lora", True), ("full", True), pytest.param("full", False, marks=SOAK)]
+)
+def test_the_memory_of_shards_is_predicted_within_10_percent(make_config, world, tmp_path, large_folder, method, again):
+    """By the storages of the tensors: of a process of this size most is resident for other reasons, 400 MB and more."""
+    keys = {"method": method, "gradient_checkpointing": again, "dtype": "bfloat16"}
+    for predicted, measured in memory_of_shards(make_config, world, tmp_path, large_folder, **keys):
+        assert measured == pytest.approx(predicted, rel=0.1)
+
+
 # ---------------------------------------------------------------------------------------- long forms
 
 
@@ -797,6 +931,35 @@ def test_what_one_process_meets_at_any_moment_soak(make_config, world, tmp_path,
         assert one == other
         assert one["skipped_steps"] == (what == "nan")
     print(f"\n{what}: {trials} of {trials}, no hang")
+
+
+LARGER = [  # a head as large as five layers; what else changes what is gathered
+    ("lora", False, {}),
+    ("lora", True, {"tied": False}),
+    ("full", False, {}),
+    ("full", True, {}),
+    ("full", False, {"tied": False}),
+    ("full", True, {"tied": False}),
+    ("full", True, {"dtype": "float32"}),
+    ("full", False, {"dtype": "float32"}),
+    ("full", True, {"size": 4}),
+    ("lora", True, {"size": 4}),
+]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("method", "again", "keys"), LARGER, ids=str)
+def test_the_memory_of_larger_shards_soak(make_config, world, tmp_path, tiny_folder, monkeypatch, method, again, keys):
+    monkeypatch.setattr(sys.modules[__name__], "LIMIT_S", 600.0)
+    keys = {"dtype": "bfloat16", "size": 2, "words": 200} | keys
+    shape = {"hidden": 768, "layers": 12, "vocab_size": 20000, "tie_word_embeddings": keys.pop("tied", True)}
+    folder = random_base(tiny_folder, tmp_path / "base", **shape)
+    keys |= {"method": method, "gradient_checkpointing": again}
+    found = memory_of_shards(make_config, world, tmp_path, folder, **keys)
+    for rank, (predicted, measured) in enumerate(found):
+        print(f"\n{keys}, process {rank}: {predicted / 1e6:.1f} MB predicted, {measured / 1e6:.1f} MB measured")
+    assert all(measured == pytest.approx(predicted, rel=0.1) for predicted, measured in found)
 
 
 @pytest.mark.soak

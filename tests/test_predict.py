@@ -18,7 +18,7 @@ from minilora.batching import collate, make_schedule
 from minilora.config import TrainConfig
 from minilora.dataset import Dataset
 from minilora.errors import ConfigError
-from minilora.predict import Memory, Setup, choose_cut, largest_batch, step_memory
+from minilora.predict import STRETCHES, Memory, Setup, choose_cut, largest_batch, step_memory
 from minilora.run import prepare
 from minilora.stopping import StopRequest
 from minilora.watch import Watch
@@ -141,7 +141,7 @@ class Sized:
     def __call__(self, setup, dataset, schedule, max_tokens) -> Memory:
         self.asked.append((max_tokens, setup.checkpointing))
         tokens = max(max_tokens, int(dataset.lengths.max()) - 1)
-        return Memory(1000.0, 0.0, 0.0, 0.0, 0.0, (tokens * (1.0 if setup.checkpointing else 10.0),) * 5)
+        return Memory(1000.0, 0.0, 0.0, 0.0, 0.0, (tokens * (1.0 if setup.checkpointing else 10.0),) * len(STRETCHES))
 
 
 @pytest.mark.parametrize(
