@@ -61,17 +61,29 @@ def is_object(text: str) -> bool:
         return False
 
 
-def in_a_process(script: str, flag: str, keys: Any) -> Result:
-    """What a script writes for one job, in a process of its own; a failure is told in its last line."""
+class FailedError(Exception):
+    """A script's process ended badly; the text is the last line it said."""
+
+
+def written_by(script: str, *words: str) -> Result:
+    """The JSON that a script writes to its --out, in a process of its own. Raises FailedError."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [sys.executable, "-m", f"benchmarks.{script}", flag, json.dumps(keys), "--out", str(out)]
+        command = [sys.executable, "-m", f"benchmarks.{script}", *words, "--out", str(out)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
         if done.returncode == 0 and out.exists():
             return json.loads(out.read_text("utf-8"))
         lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-        return {"failed": f"signal {-done.returncode}" if done.returncode < 0 else lines[-1]}
+        raise FailedError(f"killed by signal {-done.returncode}" if done.returncode < 0 else lines[-1])
+
+
+def in_a_process(script: str, flag: str, keys: Any) -> Result:
+    """What a script writes for one job; a failure stands there as {"failed": why}."""
+    try:
+        return written_by(script, flag, json.dumps(keys))
+    except FailedError as error:
+        return {"failed": str(error)}
 
 
 def row(cells: list[str] | tuple[str, ...]) -> str:

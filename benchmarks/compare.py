@@ -1,6 +1,6 @@
 """minilora beside what a user would pick instead: the same rows, one process each, in turn, repeated.
 
-    python benchmarks/compare.py --model FOLDER --train_file rows.jsonl --rows 64 --repeat 3
+    python -m benchmarks.compare --model FOLDER --train_file rows.jsonl --rows 64 --repeat 3
 
 First every contender says its loss on the answers of the first 32 rows before any training; when these differ by more
 than 1 % they do not compute the same function, and nothing is measured. Then they train in turn. Prints one table
@@ -10,17 +10,13 @@ rows, as each shuffles by itself, and for the seed over all tokens. Exit code 1:
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.common import FailedError, Result, parser_of, refuse, row, written_by
+
 NAMES = ("minilora", "seed", "trl", "trl-grouped", "trl-1")
 EXAMPLES_PER_STEP = 32
 MAX_LOSS_RATIO = 1.01
@@ -35,28 +31,13 @@ HEAD = (
     "loss before",
     "loss of step 1",
 )
-Result = dict[str, Any]
-
-
-class FailedError(Exception):
-    """A contender's process ended badly; the text is its last line."""
 
 
 def run(name: str, args: argparse.Namespace, check: bool = False) -> Result:
     """What one contender reports, in a process of its own. Raises FailedError."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        command = [sys.executable, str(ROOT / "benchmarks" / "contenders.py"), name, "--json", str(out)]
-        command += ["--model", args.model, "--train_file", args.train_file, "--rows", str(args.rows)]
-        command += ["--device", args.device, "--flags", args.flags] + ["--check"] * check
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
-        if done.returncode < 0:
-            raise FailedError(f"killed by signal {-done.returncode}")
-        if done.returncode or not out.exists():
-            lines = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-            raise FailedError(lines[-1])
-        return json.loads(out.read_text())
+    words = ["--model", args.model, "--train_file", args.train_file, "--rows", str(args.rows)]
+    words += ["--device", args.device, "--flags", args.flags] + ["--check"] * check
+    return written_by("contenders", name, *words)
 
 
 def attempt(name: str, args: argparse.Namespace, failed: dict[str, str], check: bool = False) -> Result | None:
@@ -116,7 +97,7 @@ def table(results: dict[str, list[Result]], failed: dict[str, str]) -> str:
         cells += [f"{middle(runs, 'start_completion_loss'):.4f}", f"{middle(runs, 'first_step_loss'):.4f}"]
         lines.append(tuple(cells))
     lines += [(name, f"failed: {why}") + ("",) * (len(HEAD) - 2) for name, why in failed.items()]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return "\n".join(map(row, lines))
 
 
 def describe(args: argparse.Namespace, results: dict[str, list[Result]]) -> Result:
@@ -130,23 +111,20 @@ def describe(args: argparse.Namespace, results: dict[str, list[Result]]) -> Resu
 
 def parse() -> argparse.Namespace:
     """The command line; what cannot be obeyed is refused here."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--train_file", required=True)
+    parser = parser_of("compare", __doc__)
     parser.add_argument("--rows", type=int, default=64, help=f"a multiple of {EXAMPLES_PER_STEP}")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--contenders", default=",".join(NAMES), help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
-    parser.add_argument("--flags", default="{}", help="JSON of further minilora keys")
-    parser.add_argument("--out", type=Path, default=Path("compare.json"))
     args = parser.parse_args()
     args.contenders = list(dict.fromkeys(args.contenders.split(",")))
-    if unknown := [name for name in args.contenders if name not in NAMES]:
-        parser.error(f"unknown contenders {', '.join(unknown)}; there are {', '.join(NAMES)}")
-    if args.rows < EXAMPLES_PER_STEP or args.rows % EXAMPLES_PER_STEP:
-        parser.error(f"--rows {args.rows} is no multiple of the {EXAMPLES_PER_STEP} examples of a step")
-    if args.repeat < 1:
-        parser.error("--repeat must be at least 1")
+    unknown = [name for name in args.contenders if name not in NAMES]
+    odd = args.rows < EXAMPLES_PER_STEP or args.rows % EXAMPLES_PER_STEP != 0
+    refusals = {
+        f"unknown contenders {', '.join(unknown)}; there are {', '.join(NAMES)}": bool(unknown),
+        f"--rows {args.rows} is no multiple of the {EXAMPLES_PER_STEP} examples of a step": odd,
+        "--repeat must be at least 1": args.repeat < 1,
+    }
+    refuse(parser, args, refusals)
     return args
 
 

@@ -1,7 +1,7 @@
 """One contender, one process: train one pass over the first rows of a file, and say in JSON how it went.
 
-    python -m benchmarks.contenders NAME --model DIR --train_file F --rows 64 --json OUT          the measured run
-    python -m benchmarks.contenders NAME --model DIR --train_file F --rows 64 --json OUT --check  the loss before it
+    python -m benchmarks.contenders NAME --model DIR --train_file F --rows 64 --out OUT          the measured run
+    python -m benchmarks.contenders NAME --model DIR --train_file F --rows 64 --out OUT --check  the loss before it
 
 compare.py calls both. The check is a run of its own, so that it neither warms the measured one up nor adds to its peak.
 """
@@ -337,7 +337,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only the loss before training")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--save", type=Path, help="folder for the adapter")
-    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a Trainer would spread over all cards
     device = pick_device(args.device)
@@ -348,7 +348,7 @@ def main() -> None:
         job = Job(args.model, rows_file, device, Path(folder), json.loads(args.flags), args.seed, args.save)
         contender = CONTENDERS[args.name]
         result = contender(job, True) if args.check else measured(job, contender)
-    args.json.write_text(json.dumps(result | about(device)))
+    args.out.write_text(json.dumps(result | about(device)))
 
 
 if __name__ == "__main__":

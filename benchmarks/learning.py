@@ -8,28 +8,23 @@ same rendering and mask. Exit code 1 when minilora's loss is above its peer's by
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.common import FailedError, parser_of, refuse, written_by
 from benchmarks.contenders import EXAMPLES_PER_STEP, MAX_LENGTH, SYSTEM, first_rows
 
-ROOT = Path(__file__).parent.parent
 MAX_RATIO = 1.005
 
 
 def train(name: str, seed: int, args: argparse.Namespace, folder: Path) -> Path:
     """The adapter that a contender leaves, trained in a process of its own."""
     adapter = folder / f"{name}-{seed}"
-    command = [sys.executable, "-m", "benchmarks.contenders", name, "--model", args.model, "--device", args.device]
-    command += ["--train_file", args.train_file, "--rows", str(args.rows), "--seed", str(seed)]
-    command += ["--save", str(adapter), "--json", str(folder / "result.json")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(f"{name} failed: {(done.stderr.strip() or 'no output').splitlines()[-1]}")
+    words = ["--model", args.model, "--device", args.device, "--train_file", args.train_file, "--flags", args.flags]
+    try:
+        written_by("contenders", name, *words, "--rows", str(args.rows), "--seed", str(seed), "--save", str(adapter))
+    except FailedError as error:
+        raise SystemExit(f"{name} failed: {error}") from error
     return adapter
 
 
@@ -50,19 +45,14 @@ def held_out_loss(adapter: Path | None, rows: Path, args: argparse.Namespace) ->
 
 def main() -> int:
     """Train, score, print one row for each seed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="model folder")
-    parser.add_argument("--train_file", required=True)
+    parser = parser_of("learning", __doc__)
     parser.add_argument("--rows", type=int, default=256, help=f"a multiple of {EXAMPLES_PER_STEP}")
     parser.add_argument("--held_out", type=int, default=64, help="rows after those, to score on")
     parser.add_argument("--seeds", default="1,2")
     parser.add_argument("--peer", default="trl-grouped")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("learning.json"))
     args = parser.parse_args()
-    args.model, args.train_file = str(Path(args.model).resolve()), str(Path(args.train_file).resolve())
-    if args.rows < EXAMPLES_PER_STEP or args.rows % EXAMPLES_PER_STEP:
-        parser.error(f"--rows {args.rows} is no multiple of the {EXAMPLES_PER_STEP} examples of a step")
+    odd = args.rows < EXAMPLES_PER_STEP or args.rows % EXAMPLES_PER_STEP != 0
+    refuse(parser, args, {f"--rows {args.rows} is no multiple of the {EXAMPLES_PER_STEP} examples of a step": odd})
     results, worst = [], 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

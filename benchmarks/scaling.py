@@ -41,9 +41,8 @@ FP32 = torch.float32.itemsize
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: of one decoder layer, of all of them, of embedding and head, and of what is trained."""
+    """Numbers of parameters: of all decoder layers, of embedding and head, and of what is trained."""
 
-    layer: int
     layers: int
     embedding: int
     head: int  # 0: tied
@@ -84,7 +83,7 @@ def sizes_of(config: TrainConfig, folder: Path) -> Sizes:
     norm = model.get_decoder().norm.weight.numel()
     own_head = 0 if head is embedding else head.numel()
     outside = embedding.numel() + own_head + norm if config.method == "full" else 0
-    return Sizes(base, base * layers, embedding.numel(), own_head, norm, in_layer * layers + outside)
+    return Sizes(base * layers, embedding.numel(), own_head, norm, in_layer * layers + outside)
 
 
 def traffic(sizes: Sizes, method: str, fsdp: bool, cards: int, micro_batches: int, itemsize: int = 2) -> float:

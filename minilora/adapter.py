@@ -138,7 +138,7 @@ def read_config(folder: Path) -> AdapterConfig:
     targets = raw.get("target_modules")
     checks = {
         "r": _is_int(raw.get("r")) and 1 <= raw["r"] <= 2**16,
-        "lora_alpha": isinstance(raw.get("lora_alpha"), (int, float)) and _is_int(raw["lora_alpha"]),
+        "lora_alpha": _is_int(raw.get("lora_alpha")) and abs(raw["lora_alpha"]) < 2**31,
         "lora_dropout": isinstance(raw.get("lora_dropout", 0.0), (int, float))
         and 0 <= raw.get("lora_dropout", 0.0) < 1,
         "target_modules": isinstance(targets, list) and bool(targets) and all(isinstance(t, str) for t in targets),

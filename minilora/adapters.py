@@ -96,7 +96,8 @@ def named_folders(given: Sequence[str]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for text in given:
         before, equals, after = text.partition("=")
-        name, folder = (before, Path(after)) if equals and not Path(text).is_dir() else ("", Path(text))
+        whole = Path(text).expanduser()
+        name, folder = (before, Path(after).expanduser()) if equals and not whole.is_dir() else ("", whole)
         if not name:
             *_, run, last = ("", *folder.absolute().parts)
             name = {"adapter": run, "best": f"{run}/best"}.get(last, last)

@@ -62,7 +62,7 @@ def cached(report: DataReport, markup: ChatMarkup, on_bad_rows: str, how: Mappin
                 _build(place, report, tokenized(_progress(report, on_bad_rows), markup, report, **how))
                 found = _open(place, report)
     if found is None:
-        raise StorageError(f"{place} cannot be read back. Is the disk whole?")
+        raise StorageError(f"{place} cannot be read back: the disk may be damaged")
     return found
 
 

@@ -90,7 +90,7 @@ class Identity:
         for key, words in (("base_fingerprint", "the base model"), ("dataset_sha256", "the training data")):
             if saved.get(key) != getattr(self, key):
                 was, now = (f"{str(value)[:12]}…" for value in (saved.get(key), getattr(self, key)))
-                changed.append(f"{words} has changed: fingerprint {was}, is {now}")
+                changed.append(f"{words} has changed: fingerprint was {was}, is now {now}")
         return changed
 
 
@@ -192,7 +192,7 @@ def remove_after(run: Path, step: int) -> None:
     """Delete the checkpoints of later steps: damaged, or of a way that the run is taken back from."""
     with files.storage_errors(run):
         for path in checkpoints(run):
-            if int(path.name[5:]) > step:
+            if step_of(path) > step:
                 files.remove_folder(path)
 
 
@@ -200,7 +200,13 @@ def checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, newest first, valid or not."""
     folder = run / "checkpoints"
     found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{6,12}", path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder, which is its name; 0 where it is named otherwise."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else 0
 
 
 def validate(path: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The command line: one verb per job. Errors become one clear message and an exit code, never a traceback."""
 
 import argparse
-import difflib
 import math
 import os
 import re
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minilora import __version__
-from minilora.config import FIELDS, TYPES, TrainConfig, choices, read_source, resolve
+from minilora.config import FIELDS, TYPES, TrainConfig, choices, nearest, read_source, resolve
 from minilora.errors import ConfigError, MiniloraError, printable
 
 PROG = "minilora"
@@ -38,9 +37,8 @@ class Parser(argparse.ArgumentParser):
             flags = [word for word in unknown if re.match(r"--?[^\W\d]", word)]
             hints = []
             for word in flags or unknown:  # what follows an unknown flag is its value, no second mistake
-                close = difflib.get_close_matches(word.partition("=")[0], known, n=1)
-                hints.append(f"unknown argument {word!r}" + (f" Did you mean {close[0]}?" if close else ""))
-            raise ConfigError("; ".join(hints) + f". See {self.prog} --help")
+                hints.append(f"unknown argument {word!r}.{nearest(word.partition('=')[0], known)}")
+            raise ConfigError(f"{' '.join(hints)} See {self.prog} --help")
         return args
 
 
@@ -143,7 +141,7 @@ def tune_command(argv: Sequence[str]) -> int:
         "Search for the learning rate: a few steps at several rates on rows of your own, one table, one suggestion. "
         "Nothing of it is kept.",
     )
-    text = "try all of these (default: --learning_rate, then from 1e-3 by half decades to where the loss is lowest)"
+    text = "try all of these (default: --learning_rate, then by half decades from 1e-3, with method full from 1e-5)"
     parser.add_argument("--rates", nargs="+", type=float, default=[], metavar="RATE", help=text)
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps at each rate (default: 2)")
     parser.add_argument("--rows", type=int, default=8, help="rows of a step (default: 8)")
@@ -278,7 +276,7 @@ def answer_file(args: argparse.Namespace, sampling: Any) -> int:
     """minilora generate --input_file; whatever is wrong with the files is found before the model is loaded."""
     from minilora.questions import check_output, read_questions, write_answers
 
-    source, output = Path(args.input_file), Path(args.output_file)
+    source, output = Path(args.input_file).expanduser(), Path(args.output_file).expanduser()
     questions = read_questions(source)
     check_output(source, output)
     write_answers(load_from(args), questions, output, sampling, args.batch_size)
@@ -379,8 +377,8 @@ def export_command(argv: Sequence[str]) -> int:
     from minilora.adapter import read_metadata
     from minilora.export import export_portable, how_to_use
 
-    output = Path(args.output_dir)
-    config = export_portable(Path(args.adapter), output)
+    output = Path(args.output_dir).expanduser()
+    config = export_portable(Path(args.adapter).expanduser(), output)
     print(f"{'exported':<12} {output}: the scale of r {config.rank}, alpha {config.alpha} is in B now")
     for program, text in how_to_use(output, config, read_metadata(output).get("system_prompt", "")):
         print(f"{program:<12} {printable(text)}")
@@ -397,7 +395,7 @@ def verify_command(argv: Sequence[str]) -> int:
 
     from minilora.export import verify
 
-    verdict = verify(Path(args.adapter), args.model, args.device)
+    verdict = verify(Path(args.adapter).expanduser(), args.model, args.device)
     base = "the base it was trained on" if verdict.same_base else "it does not say on which base it was trained"
     what = f"{args.adapter}: r {verdict.config.rank} on {verdict.num_layers} layers, all finite; {base}"
     print(
@@ -528,9 +526,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"{PROG} {__version__}")
         return 0
     if argv[0] not in VERBS:
-        close = difflib.get_close_matches(argv[0], VERBS, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"there is no verb {argv[0]!r} ({', '.join(VERBS)}).{hint}")
+        raise ConfigError(f"there is no verb {argv[0]!r} ({', '.join(VERBS)}).{nearest(argv[0], VERBS)}")
     if argv[0] != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(f"only train runs in several processes: start {PROG} {argv[0]} without torchrun")
     return VERBS[argv[0]][0](argv[1:])

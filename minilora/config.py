@@ -24,7 +24,8 @@ SHORT.maxstring = SHORT.maxother = 120
 PRESET_DIR = Path(__file__).parent / "presets"
 PATHS = ("model", "train_file", "eval_file", "output_dir", "resume", "adapter")
 LORA_ONLY = (
-    *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio", "adapter", "load_in_4bit", "load_in_8bit"),
+    *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights"),
+    *("loraplus_lr_ratio", "adapter", "load_in_4bit", "load_in_8bit"),
 )
 TARGET_GROUPS = {
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -180,6 +181,8 @@ def problems(config: TrainConfig) -> list[str]:
         found.append("eval_samples and fsdp: a base in parts gives no answers; leave one of them out.")
     if config.fsdp and config.method == "full" and config.neftune_noise_alpha:
         found.append("neftune_noise_alpha and fsdp with method = full: the embedding is in parts; leave one out.")
+    if config.max_tokens_per_micro_batch and not config.packing:
+        found.append("max_tokens_per_micro_batch needs packing: without it each example goes alone.")
     if not config.target_modules:
         found.append("target_modules is empty: name linear layers, or attn | mlp | all.")
     return found
@@ -189,7 +192,8 @@ def flavour_problems(config: TrainConfig) -> list[str]:
     """Flavours of LoRA that do not go with the rest, one line each."""
     found = []
     if config.method == "full":
-        given = [name for name in LORA_ONLY if getattr(config, name) != FIELDS[name].default]
+        names = LORA_ONLY if config.adapter is None else ("adapter",)  # which brings its own r, alpha, ...
+        given = [name for name in names if getattr(config, name) != FIELDS[name].default]
         found += [f"{name} = {getattr(config, name)!r} needs method = lora: full has no adapter." for name in given]
     if config.load_in_4bit and config.load_in_8bit:
         found.append("load_in_4bit and load_in_8bit are two forms of one base: give one of them.")
@@ -227,7 +231,8 @@ def resolve(
 ) -> TrainConfig:
     """Defaults, then `base` (a run's saved config), then the preset or TOML file `source`, then `flags`.
 
-    begun: the keys of the adapter to go on from: over a preset's, which knows only of new ones, under all others.
+    begun: the keys of the adapter to go on from: over those of the run and of a preset, which knows only of new ones,
+    under those of a TOML file and the flags.
     An eval_file belongs to the train_file it was named with: a layer with another train_file or a val_size drops it;
     so do train_weights.
     Raises ConfigError with every problem of every layer, one a line.

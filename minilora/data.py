@@ -405,12 +405,12 @@ class ChatMarkup:
         """
         if system_prompt and turns[0].role != "system":
             turns = [Turn("system", system_prompt), *turns]
-        asked = [i for i, turn in enumerate(turns) if turn.role == "user"] or [-1]
+        last_asked = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=-1)
         pieces = []
         for i, turn in enumerate(turns):
             if turn.role == "assistant":
                 pieces.append(self._markup["answer"])
-                pieces += self._answer(turn.content, after_last_user=i > asked[-1], last=i == len(turns) - 1)
+                pieces += self._answer(turn.content, after_last_user=i > last_asked, last=i == len(turns) - 1)
                 pieces += (self._markup["end of answer"], self._markup["newline"])
             else:
                 text = Piece(text=f"{turn.role}\n{turn.content}")

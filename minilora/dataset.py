@@ -94,6 +94,11 @@ class Dataset(Sequence[Example]):
         ids = columns.ids[start:end]
         return Example(ids, np.where(columns.supervised[start:end], ids, IGNORE).astype(np.int32))
 
+    def groups(self, most: int = 256) -> Iterator[list[Example]]:
+        """The examples in order, up to `most` at a time: enough to fill micro-batches well."""
+        for start in range(0, len(self), most):
+            yield [self[i] for i in range(start, min(start + most, len(self)))]
+
     @cached_property
     def _firsts(self) -> np.ndarray:
         """The number of the first example of each file."""

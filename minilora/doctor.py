@@ -81,7 +81,7 @@ def doctor(asked: Asked) -> int:
 def examine(asked: Asked) -> Iterator[Finding]:
     """The findings of all checks; one that breaks is a finding too."""
     for check in CHECKS:
-        name = check.__name__.strip("_")
+        name = check.__name__
         try:
             yield from check(asked)
         except ImportError as error:

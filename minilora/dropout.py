@@ -1,4 +1,4 @@
-"""Dropout as a choice of elements that can be kept: little to draw, little to save, the same again going backward."""
+"""Dropout as a list of the elements it drops: little to draw, little to save, the same ones going backward."""
 
 import math
 

@@ -57,6 +57,11 @@ class StoppedError(MiniloraError, InterruptedError):
         self.exit_code = 128 + signal_number
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def printable(text: str, longest: int = 600) -> str:
     """A message without control characters (a file may have put them there), its lines cut to a readable length."""
     lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line[:longest]) for line in text.split("\n")]

@@ -24,7 +24,6 @@ from minilora.loss import CHUNK_ROWS
 from minilora.memory import free_cached, is_out_of_memory
 from minilora.model import find_model, head_weight, hidden_states, packed
 
-GROUP = 256  # examples cut into micro-batches together: as many as that pack well
 MAX_LOSS = 700.0  # nats; exp of more overflows, and no working model has it
 
 
@@ -121,7 +120,7 @@ def evaluate(request: Request) -> Evaluation:
 
 
 def _speaker(request: Request) -> Speaker:
-    """The system prompt: as given, else as stored in the adapter, else the one that training takes by default."""
+    """The model to score; its system prompt: as given, else as stored in the adapter, else training's default."""
     if not request.model and not request.adapter:
         raise AdapterError("give --adapter DIR, or --model NAME to evaluate a model without adapter")
     prompt = request.system_prompt
@@ -147,7 +146,9 @@ def score(model: Any, dataset: Dataset, what: str) -> Scores:
             if not is_out_of_memory(error):
                 raise
             if max_tokens <= longest:
-                raise OutOfMemoryError(f"one example of {longest:,} tokens does not fit: --max_length") from error
+                raise OutOfMemoryError(
+                    f"one example of {longest:,} tokens does not fit: give a smaller --max_length"
+                ) from error
         max_tokens = max(longest, max_tokens // 2)
         free_cached(device)
     loss = nats / supervised
@@ -164,8 +165,7 @@ def _totals(model: Any, dataset: Dataset, max_tokens: int, what: str) -> tuple[f
     correct = torch.zeros((), device=device, dtype=torch.int64)
     supervised = 0
     with packed(model.eval()), progress(len(dataset), what) as bar:
-        for start in range(0, len(dataset), GROUP):
-            group = [dataset[i] for i in range(start, min(start + GROUP, len(dataset)))]
+        for group in dataset.groups():
             for batch in micro_batches(group, max_tokens, share_prefix=device.type == "cpu"):
                 batch = batch.to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from minilora.attention import packed_attention
 from minilora.lora import project
 
-CPU_ROWS = 64  # rows of an elementwise chain computed together, so that what is between them stays in the cache
+CPU_ROWS = 256  # rows of an elementwise chain computed together, so that what is between them stays in the cache
 ATTENTIONS = ("Qwen2Attention", "Qwen3Attention", "LlamaAttention")
 NORMS = ("Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm")
 MLPS = ("Qwen2MLP", "Qwen3MLP", "LlamaMLP")
@@ -77,7 +77,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def _row_blocks(flat: Tensor) -> list[slice]:
     """All rows at once on CUDA; on the CPU blocks of a size that stays in the cache."""
-    size = CPU_ROWS * 4 if flat.device.type == "cpu" else len(flat)
+    size = CPU_ROWS if flat.device.type == "cpu" else len(flat)
     return [slice(start, start + size) for start in range(0, len(flat), max(1, size))]
 
 
@@ -130,6 +130,7 @@ def _attention_forward(
         query, key = self.q_norm(query), self.k_norm(key)
     cos, sin = position_embeddings
     query, key = _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # norms whose weights are in fp32 widen them
     out, _ = packed_attention(
         self,
         query.transpose(1, 2),

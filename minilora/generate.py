@@ -143,7 +143,10 @@ def answer_all(
                 if not is_out_of_memory(error):
                     raise
                 if len(part) == 1:
-                    raise OutOfMemoryError(f"not even one answer to {lengths[part[0]]:,} tokens fits") from error
+                    raise OutOfMemoryError(
+                        f"not even one answer to {lengths[part[0]]:,} tokens fits: give a smaller --max_new_tokens or "
+                        "a shorter prompt"
+                    ) from error
                 texts = []
             for i, text in zip(part, texts, strict=False):
                 answers[i] = text

@@ -23,8 +23,6 @@ from minilora.record import out_of_memory, record_evaluation, record_step, save_
 from minilora.run import Run, prepare
 from minilora.stopping import StopRequest
 
-EVAL_GROUP = 256  # examples cut into micro-batches together: enough to fill them well
-
 
 def train(config: TrainConfig) -> Summary:
     """A whole run, from the JSONL file to the verified adapter."""
@@ -70,11 +68,11 @@ def train_step(run: Run) -> dict[str, Any]:
     config, state, steps, started = run.config, run.state, run.schedule.num_steps, time.perf_counter()
     indices = run.schedule.examples_of(state.step)
     examples = [run.train_set[i] for i in indices]
-    supervised = sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
-    tokens = sum(len(example.input_ids) for example in examples)
+    num_supervised = sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
+    num_tokens = sum(len(example.input_ids) for example in examples)
     rate = learning_rate(state.step, steps, config.learning_rate, config.lr_scheduler_type, config.warmup_ratio)
 
-    mean_loss = gradients(run, examples, supervised)
+    mean_loss = gradients(run, examples, num_supervised)
     params = [param for param in run.model.parameters() if param.grad is not None]
     norm = whole(nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf))
     loss, grad_norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()  # the step's one wait for the device
@@ -87,11 +85,11 @@ def train_step(run: Run) -> dict[str, Any]:
         skip(run, indices, loss, grad_norm)
     run.optimizer.zero_grad(set_to_none=True)
 
-    return record_step(run, loss, grad_norm, rate, tokens, supervised, time.perf_counter() - started)
+    return record_step(run, loss, grad_norm, rate, num_tokens, num_supervised, time.perf_counter() - started)
 
 
-def gradients(run: Run, examples: list[Example], supervised: int) -> Tensor:
-    """Add up the gradient of (sum of nats) / supervised, micro-batch by micro-batch; returns that loss, a scalar.
+def gradients(run: Run, examples: list[Example], num_supervised: int) -> Tensor:
+    """Add up the gradient of (sum of nats) / num_supervised, micro-batch by micro-batch; returns that loss.
 
     However the step is cut, the gradient is the same (with dropout or noise: another draw of it, as draws follow the
     cut): each micro-batch adds its sum over the one N of the whole step.
@@ -106,14 +104,15 @@ def gradients(run: Run, examples: list[Example], supervised: int) -> Tensor:
                     with run.autocast():
                         hidden = hidden_states(run.model, batch, run.config.neftune_noise_alpha)  # (S, hidden)
                         nats = token_loss(hidden, head_weight(run.model), batch.targets)
-                    (nats / supervised).backward()
-                    loss += nats.detach() / supervised
+                    (nats / num_supervised).backward()
+                    loss += nats.detach() / num_supervised
                     run.check()
         except (RuntimeError, MemoryError) as error:
             no_memory = out_of_memory(run, error)
         if not run.world.any(no_memory):
             return run.world.add_up(run.model.parameters(), loss)
         run.optimizer.zero_grad(set_to_none=True)
+        hidden = nats = loss  # they held on to what the failed backward pass had not reached
         free_cached(run.device)
         shrink_budget(run, [len(example.input_ids) for example in examples])
 
@@ -130,9 +129,9 @@ def evaluate(run: Run, dataset: Dataset) -> float:
             found = (*_evaluate(run, dataset), False)
         except (RuntimeError, MemoryError) as error:
             found = 0.0, 0, out_of_memory(run, error)
-        nats, supervised, no_memory = map(sum, zip(*run.world.exchange(found), strict=True))
+        nats, num_supervised, no_memory = map(sum, zip(*run.world.exchange(found), strict=True))
         if not no_memory:
-            return nats / supervised
+            return nats / num_supervised
         free_cached(run.device)
         shrink_budget(run, dataset.lengths)
 
@@ -141,13 +140,12 @@ def evaluate(run: Run, dataset: Dataset) -> float:
 def _evaluate(run: Run, dataset: Dataset) -> tuple[float, int]:
     """(sum of nats, supervised tokens) of what this process takes."""
     total = torch.zeros((), device=run.device, dtype=torch.float64)
-    supervised = 0
+    num_supervised = 0
     with packed(run.model.eval()):
-        for start in range(0, len(dataset), EVAL_GROUP):
-            group = [dataset[i] for i in range(start, min(start + EVAL_GROUP, len(dataset)))]
+        for group in dataset.groups():
             for batch in run.batches(group):
                 with run.autocast():
                     total += token_loss(hidden_states(run.model, batch), head_weight(run.model), batch.targets)
-                supervised += len(batch.targets)
+                num_supervised += len(batch.targets)
                 run.check()
-    return total.item(), supervised
+    return total.item(), num_supervised

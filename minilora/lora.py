@@ -65,7 +65,7 @@ class LoRALinear(nn.Module):
         if self.lora_magnitude_vector is not None:
             return dora_linear(x, *self.weights(), self.lora_magnitude_vector, self.scale, dropout)
         if not torch.is_grad_enabled() and not dropout:
-            return self._answer(x)
+            return self._without_autograd(x)
         return lora_linear(x, *self.weights(), self.scale, dropout)
 
     def weights(self) -> Weights:
@@ -79,7 +79,7 @@ class LoRALinear(nn.Module):
             return base.weight, base.bias, A, B
         return base.weight, base.bias, torch.cat([A - A0, A0]), torch.cat([B, B - B0], 1)
 
-    def _answer(self, x: Tensor) -> Tensor:
+    def _without_autograd(self, x: Tensor) -> Tensor:
         """`lora_linear` to the bit, without what autograd costs: for a single token, a quarter of the layer's time."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))

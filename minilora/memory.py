@@ -11,6 +11,7 @@ import torch
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _malloc_trim, _mallopt = getattr(_libc, "malloc_trim", None), getattr(_libc, "mallopt", None)  # glibc only
 M_MMAP_THRESHOLD, MAPPED_FROM_BYTES = -3, 2**20
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # beside the class
 PRODUCTS_KEPT = 64  # each with its scratch memory: of oneDNN's own 1,024 a real 0.5B run held 0.24 GiB after 16 steps
 
 
@@ -53,7 +54,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def free_cached(device: torch.device) -> None:

@@ -62,7 +62,8 @@ def merge(
             if (adapter_folder / name).is_file():
                 shutil.copyfile(adapter_folder / name, aside / name)
         if dtype != "auto":
-            files.write_file(aside / "config.json", files.json_chunks(base_config | {"dtype": dtype}))
+            named = {key: dtype for key in ("dtype", "torch_dtype") if key in base_config or key == "dtype"}  # new, old
+            files.write_file(aside / "config.json", files.json_chunks(base_config | named))
         for shard in weight_files(base):
             _merge_shard(shard, aside / shard.name, updates, None if dtype == "auto" else DTYPES[dtype])
     prompt = adapter.read_metadata(adapter_folder).get("system_prompt", "")

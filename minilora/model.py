@@ -18,7 +18,7 @@ from minilora.batching import Batch, collate
 from minilora.config import DEVICE
 from minilora.data import Example
 from minilora.dist import gathered
-from minilora.errors import ConfigError, ModelError
+from minilora.errors import ConfigError, ModelError, first_line
 from minilora.memory import keep_few_products
 from minilora.quant import quantise
 
@@ -142,11 +142,11 @@ def load_tokenizer(folder: Path) -> Any:
     names = ["tokenizer.json", "tokenizer_config.json"]
     if not ((folder / names[0]).exists() or all((folder / name).exists() for name in ("vocab.json", "merges.txt"))):
         missing = " and ".join(name for name in names if not (folder / name).exists())
-        raise ModelError(f"{folder} has no tokenizer: {missing} is missing. Copy them there from the original model.")
+        raise ModelError(f"{folder} has no tokenizer: copy {missing} there from the original model.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
     if tokenizer.convert_tokens_to_ids("<|im_end|>") is not None:
         tokenizer.eos_token = "<|im_end|>"
     if tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -180,10 +180,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
     model, info = loaded
     if odd := [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]:
-        raise ModelError(f"{folder}: its weights are not those of its config.json: {odd[0]} and {len(odd) - 1} more.")
+        which = f"{len(odd)} of them, the first {odd[0]}"
+        raise ModelError(f"{folder}: its weights are not those of its config.json: {which}.")
     model.generation_config.pad_token_id = model.generation_config.pad_token_id or config.pad_token_id
     model.requires_grad_(False)
     place = torch.device("cpu") if bits else device  # layers go to the device one by one: as it is it may not fit there
@@ -214,7 +215,7 @@ def empty_model(folder: Path, dtype: torch.dtype, layers: int) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{folder}: the model cannot be built: {_first_line(error)}") from error
+        raise ModelError(f"{folder}: the model cannot be built: {first_line(error)}") from error
 
 
 def _config(folder: Path) -> Any:
@@ -224,13 +225,9 @@ def _config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
     _refuse_inexact(config)
     return config
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _refuse_inexact(config: Any) -> None:
@@ -268,7 +265,7 @@ def _refuse_unlike(model: Any) -> None:
         with packed(model):
             found = (hidden_states(model, collate(examples).to(head.device)) @ head.T).float()
     except Exception as error:
-        why = _first_line(error)
+        why = first_line(error)
         raise ModelError(f"{kind}: it does not take packed examples ({why}). Give another --model.") from error
     difference, allowed = float((found - expected).abs().max()), 1e-3 if head.dtype == torch.float32 else 5e-2
     if not difference <= allowed * float(expected.abs().max()):
@@ -338,13 +335,7 @@ def fingerprint(model: nn.Module) -> str:
 
 def folder_fingerprint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The identity of the base in a folder, as `fingerprint` gives it once the base is loaded."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
-    return fingerprint_of(config.to_dict(), tensors)
+    return fingerprint_of(_config(folder).to_dict(), tensors)
 
 
 def fingerprint_of(config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -378,7 +369,7 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(names))
         bad = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{index}: it does not say which file holds which tensor ({_first_line(error)}).") from error
+        raise ModelError(f"{index}: it does not say which file holds which tensor ({first_line(error)}).") from error
     if bad or not names:
         raise ModelError(f"{index}: {bad[:1] or 'nothing'} is not the name of a safetensors file beside it.")
     return [folder / name for name in names]

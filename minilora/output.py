@@ -41,7 +41,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> 
     weights = _weights(model)
     if broken := [name for name, tensor in weights.items() if not torch.isfinite(own_part(tensor)).all()]:
         raise DivergedError(
-            f"the model is not finite ({broken[0]} and {len(broken) - 1} more): not written to {folder}"
+            f"the model is not finite ({len(broken)} of its tensors, the first {broken[0]}): not written to {folder}"
         )
     config = copy.deepcopy(model.config)
     config.dtype = dtype

@@ -52,6 +52,8 @@ def plan(config: TrainConfig, card: str | None) -> None:
     """Print what a run of these settings needs. Raises ConfigError, DataError or ModelError for what it cannot read."""
     if config.base_bits:
         raise ConfigError(f"plan cannot predict a base in {config.base_bits} bits: leave that key out.")
+    if config.fsdp:
+        raise ConfigError("plan predicts one device, and fsdp has several: leave that key out; see docs/scaling.md.")
     place = on_card(config, card) if card else here(config)
     base_folder = find_model(config.model)
     sets, about_rows = rows_of(config)

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minilora.batching import Batch, Schedule, collate, micro_batches
 from minilora.config import TrainConfig
 from minilora.dataset import Dataset
-from minilora.errors import MiniloraError
+from minilora.errors import MiniloraError, first_line
 from minilora.loss import token_loss
 from minilora.memory import gib
 from minilora.method import make_trainable
@@ -33,7 +33,6 @@ STRETCHES = ("forward", "loss", "loss's backward", "backward", "first layer's ba
 STEPS_LOOKED_AT = 64
 GATHERED = 3  # layers that a process holds whole: the one at work, the buffer in which it came, and the one before it
 USABLE = 0.9  # of what a device has free: allocators lose some to rounding, kernels take some for themselves
-
 
 # On a CPU the resident memory is what counts. Measured beside what the predicted tensors take (tests/test_predict.py):
 CPU_FIRST_USE_BYTES = 60 * 2**20  # code and buffers of the kernels, when they are first used
@@ -50,11 +49,6 @@ class Setup:
     device_type: str
     checkpointing: bool
     shards: int = 1  # processes that share the base out (--fsdp)
-
-    def changed(self, **keys: Any) -> "Setup":
-        """The same with other settings of TrainConfig."""
-        config = dataclasses.replace(self.config, **keys)
-        return dataclasses.replace(self, config=config)
 
 
 @dataclass(frozen=True)
@@ -245,13 +239,12 @@ def choose_cut(
     except MiniloraError:
         raise  # a mistake in the settings, or a signal
     except Exception as error:
-        why = (str(error).strip() or "no reason given").splitlines()[0]
-        note = f"memory could not be predicted: {type(error).__name__}: {why}"
+        note = f"memory could not be predicted: {type(error).__name__}: {first_line(error)}"
         return Choice(asked or most, setup.checkpointing, None, (note,))
 
 
 def fitting_cut(setup: Setup, dataset: Dataset, schedule: Schedule, asked: int, most: int, usable: float) -> Choice:
-    """`choose_cut`, which keeps its failures from the run."""
+    """What `choose_cut` chooses, within `usable` bytes; a prediction that fails is raised."""
     longest = int(dataset.lengths.max()) - 1
     left_open = setup.config.gradient_checkpointing is None
     for checkpointing in (False, True) if left_open else (setup.checkpointing,):

@@ -271,7 +271,7 @@ def facts(found: Statistics) -> Iterator[tuple[str, str]]:
     for line in found.bad[:LINES_NAMED]:
         yield "  bad", line
     if found.bad:
-        yield "  bad", f"{len(found.bad):,} rows are no examples: training refuses them, or --on_bad_rows skip"
+        yield "  bad", f"{len(found.bad):,} in all: without --on_bad_rows skip training refuses the file"
     for why, lines in found.dropped.items():
         yield "  dropped", f"{_rows(lines)}: {why}"
     lengths = " / ".join(f"{found.lengths[key]:,}" for key in ("min", "median", "mean", "p95", "max"))
@@ -280,7 +280,7 @@ def facts(found: Statistics) -> Iterator[tuple[str, str]]:
         yield "  cut", f"{_rows(found.truncated)}, to max_length {found.max_length:,}"
     share = 100 * found.supervised_tokens / found.tokens
     yield "learned", f"{found.supervised_tokens:,} of {found.tokens:,} tokens, {share:.0f} %"
-    never = f"; not so {_rows(found.not_ended)}: there the model learns no end" if found.not_ended else ""
+    never = f"; not {_rows(found.not_ended)}: there the model learns no end" if found.not_ended else ""
     yield (
         "end token",
         f"{found.kept - len(found.not_ended):,} of {found.kept:,} rows end with a learned end token{never}",

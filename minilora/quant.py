@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, first_line
 
 OUTLIERS = 6.0  # LLM.int8 multiplies inputs beyond this in 16 bits (section 3.2 of the paper)
 INSTALL = "pip install bitsandbytes"
@@ -27,10 +27,9 @@ def library(device: torch.device) -> Any:
     try:
         held(bnb, nn.Linear(64, 64, bias=False), 4, device)
     except Exception as error:  # a library without CUDA says so in many ways, and only when it is used
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"bitsandbytes {bnb.__version__} does not work on {device}: {why}. {INSTALL} --upgrade, or leave "
-            "load_in_4bit and load_in_8bit out."
+            f"bitsandbytes {bnb.__version__} does not work on {device}: {first_line(error)}. {INSTALL} --upgrade, or "
+            "leave load_in_4bit and load_in_8bit out."
         ) from error
     return bnb
 

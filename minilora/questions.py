@@ -16,7 +16,7 @@ ANSWER = "answer"  # the field that is added to a row
 
 
 @dataclass(frozen=True)
-class Question:
+class PromptRow:
     """A line of a file: its 1-based number, its text as it stands there, and the conversation to be answered."""
 
     line: int
@@ -24,7 +24,7 @@ class Question:
     turns: tuple[Turn, ...]
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(path: Path) -> list[PromptRow]:
     """The conversations of a JSONL file: rows of the training formats, whose answers may be missing.
 
     Raises DataError that lists every bad line with its number and reason.
@@ -35,7 +35,7 @@ def read_questions(path: Path) -> list[Question]:
             row = parse_line(line)
             if ANSWER in row:
                 raise ValueError(f"there is already a field {ANSWER!r}, which would be overwritten")
-            questions.append(Question(number, line.decode("utf-8").strip(), to_question(row)))
+            questions.append(PromptRow(number, line.decode("utf-8").strip(), to_question(row)))
         except ValueError as error:
             bad.append(f"{path}:{number}: {error}")
     if bad:
@@ -74,7 +74,7 @@ def check_output(source: Path, output: Path) -> None:
 
 
 def write_answers(
-    speaker: Speaker, questions: Sequence[Question], output: Path, sampling: Sampling, batch_size: int
+    speaker: Speaker, questions: Sequence[PromptRow], output: Path, sampling: Sampling, batch_size: int
 ) -> None:
     """Answer all questions; then write each line with its answer, in their order, to a file that appears at once."""
     for question in questions:

@@ -24,13 +24,13 @@ TRIM_EVERY_S = 10  # a trim takes about 0.1 s
 
 
 def record_step(
-    run: Run, loss: float, grad_norm: float, rate: float, tokens: int, supervised: int, seconds: float
+    run: Run, loss: float, grad_norm: float, rate: float, num_tokens: int, num_supervised: int, seconds: float
 ) -> dict[str, Any]:
     """Count a step in run.state; returns its record for metrics.jsonl."""
     state = run.state
     state.step += 1
-    state.tokens += tokens
-    state.supervised_tokens += supervised
+    state.tokens += num_tokens
+    state.supervised_tokens += num_supervised
     state.seconds += seconds
     state.last_loss = loss if math.isfinite(loss) else state.last_loss
     state.first_loss = state.last_loss if state.first_loss is None else state.first_loss
@@ -43,9 +43,9 @@ def record_step(
         "loss": loss if math.isfinite(loss) else None,
         "learning_rate": rate,
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "tokens_per_second": tokens / seconds,
+        "tokens": num_tokens,
+        "supervised_tokens": num_supervised,
+        "tokens_per_second": num_tokens / seconds,
         "peak_memory_bytes": peak_memory_bytes(run.device),
         "time": time.time(),
     }
@@ -212,7 +212,8 @@ def shrink_budget(run: Run, lengths: Sequence[int] | np.ndarray) -> None:
     longest = int(max(lengths)) - 1
     if run.state.max_tokens <= longest:
         cheaper = [] if run.checkpointing else ["--gradient_checkpointing"]
-        cheaper += [f"--max_length {longest // 2}", "a smaller --lora_r", "a smaller --model"]
+        cheaper += [f"--max_length {longest // 2}"]
+        cheaper += ["a smaller --lora_r" if run.config.method == "lora" else "--method lora", "a smaller --model"]
         raise OutOfMemoryError(
             f"one example of {longest:,} tokens does not fit: {gib(peak_memory_bytes(run.device))} were in use. "
             f"In order of cost: {', '.join(cheaper)}."

@@ -26,7 +26,7 @@ TELLING = ("held-out loss", "steps", "peak memory", "trained parameters")  # fac
 SHOWN_QUESTIONS, SHOWN_ANSWERS = 20, 20  # of samples.jsonl; answers: between the first and the last
 SHOWN_CHARACTERS = 300  # of a prompt or a reference; answers are short, they are beginnings themselves
 Points = list[tuple[float, float]]  # (step, value)
-Question = tuple[str, str]  # (prompt, reference)
+SampleKey = tuple[str, str]  # (prompt, reference)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Record:
     steps: dict[str, Points] = field(default_factory=dict)  # by the keys of metrics.jsonl
     evaluations: Points = field(default_factory=list)
     last_step: int = 0
-    samples: dict[Question, list[tuple[float, str]]] = field(default_factory=dict)  # (step, answer) of samples.jsonl
+    samples: dict[SampleKey, list[tuple[float, str]]] = field(default_factory=dict)  # (step, answer) of samples.jsonl
 
     @property
     def config(self) -> dict[str, Any]:
@@ -91,9 +91,9 @@ def read_run(folder: Path) -> Record:
     return dataclasses.replace(record, last_step=last)
 
 
-def read_samples(path: Path) -> dict[Question, list[tuple[float, str]]]:
+def read_samples(path: Path) -> dict[SampleKey, list[tuple[float, str]]]:
     """The answers to each question of samples.jsonl; none where there is no such file."""
-    found: dict[Question, list[tuple[float, str]]] = {}
+    found: dict[SampleKey, list[tuple[float, str]]] = {}
     for entry in entries(path) if path.exists() else ():
         step = number(entry.get("step"))
         if step is not None and "answer" in entry:
@@ -350,6 +350,7 @@ def data(runs: Sequence[Record]) -> Html:
         "bad": lambda entry: f"{count(entry, 'bad'):,.0f}",
         "too long": lambda entry: f"{count(entry, 'dropped_overlong'):,.0f}",
         "nothing to learn": lambda entry: f"{count(entry, 'dropped_unsupervised'):,.0f}",
+        "repeats": lambda entry: f"{count(entry, 'dropped_repeats'):,.0f}",
         "cut": lambda entry: f"{count(entry, 'truncated'):,.0f}",
         "tokens a row: p50 / p95 / max": lambda entry: " / ".join(
             f"{count(mapping(entry.get('lengths')), key):,.0f}" for key in ("p50", "p95", "max")

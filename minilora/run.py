@@ -93,7 +93,7 @@ class Run:
                 start += ["--nnodes", told["GROUP_WORLD_SIZE"], "--node-rank", told.get("GROUP_RANK", "0")]
                 start += ["--master-addr", told["MASTER_ADDR"], "--master-port", told["MASTER_PORT"]]
             start += ["--nproc-per-node", told.get("LOCAL_WORLD_SIZE", str(self.world.size))]
-        return shlex.join([*start, "train.py", "--resume", str(self.folder)])
+        return shlex.join([*start, "-m", "minilora", "train", "--resume", str(self.folder)])
 
     def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """The micro-batches that this process takes of the examples of a step, on its device."""

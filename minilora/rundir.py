@@ -73,8 +73,8 @@ def _starting_point(config: TrainConfig, run: Path) -> tuple[Path | None, list[s
     path = Path(config.resume)
     if config.resume != "auto" and path != run:
         checkpoint.validate(path)
-        step = int(path.name[5:]) if path.name[5:].isdecimal() else 0
-        later = [each.name for each in checkpoint.checkpoints(run) if int(each.name[5:]) > step]
+        step = checkpoint.step_of(path)
+        later = [each.name for each in checkpoint.checkpoints(run) if checkpoint.step_of(each) > step]
         note = f"{', '.join(later)}: of another way than the one from here; removed when the next checkpoint is saved"
         return path, [f"resuming from {path}", *([note] if later else [])]
     found, refused = checkpoint.newest_valid(run)

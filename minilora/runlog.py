@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from minilora import files
 from minilora.data import IGNORE, DataReport, Example, Question
-from minilora.errors import ConfigError, printable
+from minilora.errors import ConfigError, first_line, printable
 from minilora.memory import gib
 
 METRICS, SAMPLES, SUMMARY, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "summary.json", "tensorboard"
@@ -185,9 +185,9 @@ def check_board() -> None:
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401
     except Exception as error:  # a package of its own, and many more behind it: any of them may be missing or broken
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"report_to = 'tensorboard' needs the package tensorboard ({why}): pip install tensorboard, or leave it out"
+            f"report_to = 'tensorboard' needs the package tensorboard ({first_line(error)}): pip install tensorboard, "
+            "or leave it out"
         ) from error
 
 
@@ -249,7 +249,6 @@ def marked_example(example: Example, tokenizer: Any) -> str:
 
 def versions() -> dict[str, str]:
     """What the numbers of a run depend on."""
-    import numpy
     import tokenizers
     import transformers
 
@@ -261,7 +260,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
-        "numpy": numpy.__version__,
+        "numpy": np.__version__,
     }
 
 

@@ -63,7 +63,8 @@ def tune(config: TrainConfig, search: Search) -> float | None:
             def loss_at(rate: float) -> float:
                 if rate not in losses:
                     losses[rate] = loss_after(run, rate, start, rows)
-                    print(f"{rate:>14.0e}  {losses[rate]:>13.4f}", flush=True)
+                    shown = f"{rate:.0e}" if float(f"{rate:.0e}") == rate else f"{rate:g}"
+                    print(f"{shown:>14}  {losses[rate]:>13.4f}", flush=True)
                 return losses[rate]
 
             if search.rates:

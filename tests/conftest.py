@@ -1,9 +1,13 @@
 """What the tests share: a tiny random Qwen2 with the demo's tokenizer, small data files, small runs."""
 
+import copy
+import functools
+import gc
 import json
 import os
 import shutil
 import tempfile
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +16,34 @@ import torch
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilora import demo, model, output
+from minilora import adapter, demo, loop, model, output, run
 from minilora.config import TrainConfig
 from minilora.data import IGNORE, Example
-from minilora.lora import lora_layers
+from minilora.lora import inject, lora_layers
+from minilora.predict import Choice
+from minilora.run import Run, prepare
+from minilora.stopping import StopRequest
 
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "minilora-hypothesis"))
 settings.register_profile("minilora", database=None, derandomize=True, deadline=None)
 settings.load_profile("minilora")
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
 WORDS = ["red", "blue", "stone", "river", "bird", "cold", "warm", "大", "小", "水", "火", "山", "seven", "nine", "open"]
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread():
+def _lean():
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # each run ends with a look through all that lives, and pytest holds much
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    """Whatever ran before a test, it draws the same."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
@@ -61,16 +77,41 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def load_tiny(tiny_folder):
-    """A function that loads a fresh copy of the tiny model, in fp32 or another dtype."""
-    return lambda dtype=torch.float32: model.load_model(tiny_folder, dtype, CPU)
+@pytest.fixture(scope="session")
+def _loaded(tiny_folder):
+    return functools.cache(lambda dtype: model.load_model(tiny_folder, dtype, CPU))
 
 
 @pytest.fixture
-def quiet_finish(monkeypatch):
-    """Runs end without letting the models speak, which is most of a tiny run's time."""
+def load_tiny(_loaded):
+    """A function: a fresh copy of the tiny model as it is loaded, in fp32 or another dtype."""
+    return lambda dtype=torch.float32: copy.deepcopy(_loaded(dtype))
+
+
+@pytest.fixture
+def mute(monkeypatch):
+    """Runs let no model speak at their end."""
     monkeypatch.setattr(output, "sample_answers", lambda speaker: [""] * len(output.SAMPLE_PROMPTS))
+
+
+@contextmanager
+def bare_runs():
+    """Inside, runs predict no memory and let no model speak at their end, which is most of a tiny run's time."""
+
+    def cut(setup, dataset, schedule, asked, most, *_):
+        return Choice(asked or most, setup.checkpointing, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "sample_answers", lambda speaker: [""] * len(output.SAMPLE_PROMPTS))
+        patch.setattr(run, "choose_cut", cut)
+        yield
+
+
+@pytest.fixture
+def bare_run():
+    """`bare_runs` around a test."""
+    with bare_runs():
+        yield
 
 
 def write_jsonl(path: Path, count: int, seed: int = 0) -> Path:
@@ -89,29 +130,56 @@ def write_jsonl(path: Path, count: int, seed: int = 0) -> Path:
     return path
 
 
+def small_config(base: Path, folder: Path, **keys) -> TrainConfig:
+    """Keys of TrainConfig over those of a small fp32 run of 4 steps, 8 unequal examples each."""
+    if "train_file" not in keys:
+        keys["train_file"] = str(write_jsonl(folder / "train.jsonl", 32))
+    small = {
+        "model": str(base),
+        "output_dir": str(folder / "run"),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 1.0,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    small |= {} if keys.get("method") == "full" else {"lora_dropout": 0.0}
+    small |= {} if keys.get("packing") is False else {"max_tokens_per_micro_batch": 96}
+    return TrainConfig(**(small | keys))
+
+
 @pytest.fixture
 def make_config(tiny_folder, tmp_path):
-    """A function: keys of TrainConfig over those of a small fp32 run of 4 steps, 8 unequal examples each."""
+    """A function: `small_config` on the tiny model, in the test's own folder."""
+    return lambda **keys: small_config(tiny_folder, tmp_path, **keys)
 
-    def make(**keys):
-        if "train_file" not in keys:
-            keys["train_file"] = str(write_jsonl(tmp_path / "train.jsonl", 32))
-        small = {
-            "model": str(tiny_folder),
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "num_train_epochs": 1,
-            "learning_rate": 1e-2,
-            "max_grad_norm": 1.0,
-            "lora_dropout": 0.0,
-            "max_tokens_per_micro_batch": 96,
-            "dtype": "float32",
-            "device": "cpu",
-        }
-        return TrainConfig(**(small | keys))
 
-    return make
+@pytest.fixture
+def start(make_config):
+    """A function: a run of these keys, prepared and not yet begun."""
+    with ExitStack() as held:
+        yield lambda **keys: prepare(make_config(**keys), StopRequest(), held)
+
+
+def trained(module) -> dict[str, torch.nn.Parameter]:
+    """What is trained of a model, by name."""
+    return {name: param for name, param in module.named_parameters() if param.requires_grad}
+
+
+def first_step(run: Run) -> tuple[list[Example], int]:
+    """The examples of the run's next step and the number of their supervised tokens."""
+    examples = [run.train_set[i] for i in run.schedule.examples_of(run.state.step)]
+    return examples, sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
+
+
+def gradients_of(run: Run, budget: int | None = None) -> dict[str, torch.Tensor]:
+    """The gradients of the run's next step, by name."""
+    run.optimizer.zero_grad(set_to_none=True)
+    run.state.max_tokens = budget or run.state.max_tokens
+    loop.gradients(run, *first_step(run))
+    return {name: param.grad.clone() for name, param in trained(run.model).items()}
 
 
 def random_examples(lengths, seed: int = 0, vocabulary: int = 2000) -> list[Example]:
@@ -123,6 +191,15 @@ def random_examples(lengths, seed: int = 0, vocabulary: int = 2000) -> list[Exam
         labels = np.where(np.arange(length) < length // 3, IGNORE, ids).astype(np.int32)
         examples.append(Example(ids, labels))
     return examples
+
+
+IDS = torch.from_numpy(random_examples([40])[0].input_ids[None]).long()
+
+
+@torch.no_grad()
+def logits(module) -> torch.Tensor:
+    """What a model makes of the same 40 tokens, answering. (1, 40, vocabulary)"""
+    return module.eval()(IDS).logits
 
 
 def randomize_lora(module, seed: int = 1, std: float = 0.2) -> None:
@@ -138,6 +215,18 @@ def relative_error(found, expected) -> float:
     """||found - expected|| / ||expected||, in fp64."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm())
+
+
+def save_random_adapter(module, folder: Path, base, targets, rank=4, alpha=8, prompt="Be brief.", **how) -> None:
+    """Put LoRA with random values around a fresh model and save it: trained, as it were, on the model in `base`.
+
+    how: seed and std of the values, rslora, dora
+    """
+    identity, flavour = model.fingerprint(module), {key: how.get(key, False) for key in ("rslora", "dora")}
+    inject(module, targets, rank, alpha, 0.05, **flavour)
+    randomize_lora(module, how.get("seed", 1), how.get("std", 0.1))
+    settings = adapter.AdapterConfig(str(base), rank, alpha, 0.05, tuple(targets), **flavour)
+    adapter.save(folder, module, settings, {"base_fingerprint": identity, "system_prompt": prompt})
 
 
 class Sizes(TorchDispatchMode):

@@ -225,7 +225,7 @@ class ForkServer:
             once or more often; n = 0 only counts
         threads, plain_root: threads of torch; without root's right to pass over permissions
         full: this file, when it is written, is on a full disk
-        silent: the models are not let speak at the end, which is most of a short run's time
+        silent: the models are not let speak at the end, nor memory predicted, which is most of a short run's time
         Returns code (negative: died by that signal), seconds, to_exit_s (from the signal to the exit, None when the
         process had ended before), calls (of each file operation inside `inside`, the part of it that it concerned).
         """
@@ -340,9 +340,10 @@ def _child(request: dict) -> None:
         if request.get("plain_root"):
             give_up_overriding_permissions()
         if request.get("silent"):
-            from minilora import output
+            from minilora import output, predict, run
 
             output.sample_answers = lambda speaker: [""] * len(output.SAMPLE_PROMPTS)
+            run.choose_cut = lambda setup, rows, schedule, asked, most: predict.Choice(asked or most, False, None)
         if "full" in request:
             fill(request["full"])
         injector = None

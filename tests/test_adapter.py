@@ -5,25 +5,15 @@ import os
 
 import pytest
 import torch
-from conftest import random_examples, randomize_lora
+from conftest import logits, save_random_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minilora import adapter
+from minilora.config import TARGET_GROUPS as TARGETS
 from minilora.errors import AdapterError, DivergedError
-from minilora.lora import inject, lora_layers
+from minilora.lora import lora_layers
 from minilora.model import fingerprint
-
-TARGETS = {
-    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
-IDS = torch.from_numpy(random_examples([40])[0].input_ids[None]).long()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 @pytest.fixture
@@ -33,11 +23,8 @@ def write(load_tiny, tiny_folder, tmp_path):
     def write(targets=TARGETS["attn"], rslora=False, name="adapter"):
         model = load_tiny()
         identity = fingerprint(model)
-        inject(model, targets, rank=4, alpha=10, dropout=0.05, rslora=rslora)
+        save_random_adapter(model, tmp_path / name, tiny_folder, targets, alpha=10, prompt="你好", rslora=rslora)
         assert fingerprint(model) == identity  # what is wrapped around the layers does not change who they are
-        randomize_lora(model, std=0.1)
-        settings = adapter.AdapterConfig(str(tiny_folder), 4, 10, 0.05, tuple(targets), rslora)
-        adapter.save(tmp_path / name, model, settings, {"base_fingerprint": identity, "system_prompt": "你好"})
         return tmp_path / name, model
 
     return write
@@ -228,8 +215,9 @@ def test_another_base_is_refused_by_its_fingerprint(write, load_tiny, which):
 
 
 def test_the_fingerprint_is_the_same_in_bf16_and_whatever_was_loaded_before(load_tiny):
-    model = load_tiny()
-    assert fingerprint(model) == fingerprint(load_tiny(torch.bfloat16)) == fingerprint(model.to(torch.float32))
+    narrow = load_tiny(torch.bfloat16)
+    found = fingerprint(narrow)
+    assert found == fingerprint(load_tiny()) == fingerprint(narrow.to(torch.float32))
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,18 @@ import sys
 
 import pytest
 import torch
-from conftest import random_examples, randomize_lora
+from conftest import IDS, logits, save_random_adapter
 
 from minilora import adapter, cli, generate
 from minilora.adapters import Adapters, named_folders
+from minilora.config import TARGET_GROUPS
 from minilora.data import Turn
 from minilora.errors import AdapterError
-from minilora.lora import inject, lora_layers
+from minilora.lora import lora_layers
 from minilora.memory import memory_bytes
 from minilora.model import fingerprint
 
-ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
-IDS = torch.from_numpy(random_examples([40])[0].input_ids[None]).long()
+ATTENTION, MLP = TARGET_GROUPS["attn"], TARGET_GROUPS["mlp"]
 KINDS = {  # (targets, rank, alpha, rslora): different in everything
     "attn": (ATTENTION, 4, 8, False),
     "mlp": (MLP, 2, 6, True),
@@ -26,26 +26,17 @@ KINDS = {  # (targets, rank, alpha, rslora): different in everything
 }
 
 
-@torch.no_grad()
-def logits(model):
-    return model.eval()(IDS).logits
-
-
 @pytest.fixture
 def folders(load_tiny, tiny_folder, tmp_path):
     """An adapter of each kind, with a system prompt of its own, and the logits of base + adapter, loaded alone."""
     found = {}
     for seed, (name, (targets, rank, alpha, rslora)) in enumerate(KINDS.items()):
-        tiny = load_tiny()
-        identity = fingerprint(tiny)
-        inject(tiny, targets, rank, alpha, 0.05, rslora)
-        randomize_lora(tiny, seed, std=0.2)
-        settings = adapter.AdapterConfig(str(tiny_folder), rank, alpha, 0.05, tuple(targets), rslora)
         folder = tmp_path / name / "adapter"
         folder.parent.mkdir()
-        adapter.save(folder, tiny, settings, {"base_fingerprint": identity, "system_prompt": f"You are {name}."})
+        how = {"prompt": f"You are {name}.", "seed": seed, "std": 0.2, "rslora": rslora}
+        save_random_adapter(load_tiny(), folder, tiny_folder, targets, rank, alpha, **how)
         alone = load_tiny()
-        adapter.load(alone, folder, identity)
+        adapter.load(alone, folder, fingerprint(alone))
         found[name] = (folder, logits(alone))
     return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_examples, randomize_lora
+from conftest import IDS, logits, randomize_lora
 from torch import nn
 
 import minilora
@@ -15,12 +15,6 @@ from minilora.errors import AdapterError, ConfigError, DivergedError
 from minilora.lora import lora_layers
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
-IDS = torch.from_numpy(random_examples([40])[0].input_ids[None]).long()
-
-
-@torch.no_grad()
-def logits(model):
-    return model.eval()(IDS).logits
 
 
 @pytest.fixture

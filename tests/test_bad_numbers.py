@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import random
-from contextlib import ExitStack
 from pathlib import Path
 
 import faults
@@ -16,20 +15,11 @@ from safetensors.torch import load_file
 
 from minilora import batching, checkpoint, cli, loop
 from minilora.config import FIELDS, TrainConfig
-from minilora.run import prepare
-from minilora.stopping import StopRequest
 
-pytestmark = pytest.mark.usefixtures("quiet_finish")
+pytestmark = pytest.mark.usefixtures("bare_run")
 BAD_STEPS, OUT_OF_MEMORY = 50, 50
 SUBSET = 6
 KINDS = ("loss", "gradient", "activation")
-
-
-@pytest.fixture
-def start(make_config):
-    """A function: a run of these keys, prepared and not yet begun."""
-    with ExitStack() as held:
-        yield lambda **keys: prepare(make_config(**keys), StopRequest(), held)
 
 
 def trained(run) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ FILES = (checkpoint.WEIGHTS, checkpoint.MOMENTS, checkpoint.STATE, checkpoint.MA
 
 
 @pytest.fixture
-def run(make_config, quiet_finish) -> Path:
+def run(make_config, bare_run) -> Path:
     """A run with checkpoints of steps 3 and 4."""
     config = make_config(save_steps=1, lora_r=2)
     loop.train(config)
@@ -75,7 +75,7 @@ def test_a_flipped_bit_is_found_soak(run):
     flipped(run, faults.count("FLIPS", FLIPS), seed=2)
 
 
-def test_a_run_with_a_flipped_bit_goes_on_from_the_one_before(run, make_config, quiet_finish, capsys):
+def test_a_run_with_a_flipped_bit_goes_on_from_the_one_before(run, make_config, bare_run, capsys):
     """... says so, and ends where it ended before."""
     newest, before = checkpoint.checkpoints(run)
     adapter = run / "adapter" / "adapter_model.safetensors"

@@ -23,7 +23,7 @@ from minilora.errors import ConfigError, DataError
 from minilora.run import prepare
 from minilora.stopping import StopRequest
 
-pytestmark = pytest.mark.usefixtures("quiet_finish", "place")
+pytestmark = pytest.mark.usefixtures("bare_run", "place")
 HOW = {"system_prompt": "Be brief.", "max_length": 40, "overlong": "truncate", "train_on_prompt": False}
 
 

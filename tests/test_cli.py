@@ -70,16 +70,23 @@ def no_model(monkeypatch):
 # --------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("verb", ["", *cli.VERBS])
+@pytest.mark.parametrize("verb", ["", "train"])
 def test_help_comes_within_a_second(verb, shell):
-    seconds = []
-    while len(seconds) < 4 and min(seconds, default=9) > 1:  # a busy machine may need a second try
-        started = time.perf_counter()
-        done = shell([*MODULE, *([verb] if verb else []), "--help"])
-        seconds.append(time.perf_counter() - started)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith(f"usage: minilora {verb or 'VERB'}")
-    assert min(seconds) < 1
+    """In seconds of the processor, which a busy machine does not lengthen."""
+    before = os.times()
+    done = shell([*MODULE, *([verb] if verb else []), "--help"])
+    after = os.times()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: minilora {verb or 'VERB'}")
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_each_verb_has_its_help(verb, capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.main([verb, "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: minilora {verb} ")
 
 
 def test_help_of_train_py_is_that_of_train(shell):
@@ -104,7 +111,7 @@ def test_help_and_mistakes_load_neither_torch_nor_transformers(shell):
 def test_the_verbs_are_listed(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(re.search(rf"^  {verb} +\w", text, re.M) for verb in ("train", "generate", "chat", "merge"))
+    assert all(re.search(rf"^  {verb} +\w", text, re.M) for verb in cli.VERBS)
     assert cli.main([]) == 2
     assert cli.main(["--version"]) == 0
     assert minilora.__version__ in capsys.readouterr().out
@@ -116,7 +123,7 @@ def test_the_verbs_are_listed(capsys):
 @pytest.mark.parametrize(
     ("command", "answer"),
     [
-        ([*TRAIN, "--learning_rat", "1"], "unknown argument '--learning_rat' Did you mean --learning_rate?"),
+        ([*TRAIN, "--learning_rat", "1"], "unknown argument '--learning_rat'. Did you mean --learning_rate?"),
         (
             [*TRAIN, "lorra"],
             "'lorra' is no preset (demo, full, lora, qlora, quick) and no .toml file. Did you mean lora?",
@@ -414,9 +421,9 @@ def stop_and_resume(number, after, environment, tmp_path, uninterrupted):
     assert "\x1b" not in said + error  # no terminal, no escape codes
     assert "⟦" in said  # supervised tokens are marked without colour
 
-    program, script, *argv = shlex.split(message[2])
-    assert (program, script) == ("python", "train.py")
-    assert cli.main(["train", *argv]) == 0
+    program, flag, package, *argv = shlex.split(message[2])
+    assert (program, flag, package) == ("python", "-m", "minilora")
+    assert cli.main(argv) == 0
     assert (run / ADAPTER).read_bytes() == uninterrupted
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))

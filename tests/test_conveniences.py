@@ -7,52 +7,27 @@ import math
 import os
 import shutil
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize_lora, relative_error, write_jsonl
+from conftest import CPU, first_step, gradients_of, randomize_lora, relative_error, trained, write_jsonl
 from safetensors.torch import load_file
 
 from minilora import adapter, checkpoint, cli, generate, loop, lora, memory, model, output, record, rundir, runlog
 from minilora.attention import Layout
 from minilora.batching import Part, Schedule, common_prefix, cut, make_schedule, mixed
 from minilora.config import TrainConfig, resolve
-from minilora.data import IGNORE, ChatMarkup, Question, Turn
+from minilora.data import ChatMarkup, Question, Turn
 from minilora.dataset import make_columns
 from minilora.errors import CheckpointError, ConfigError, DataError
 from minilora.generate import Sampling, Speaker
-from minilora.run import prepare
 from minilora.sources import make_sets, read_sources
-from minilora.stopping import StopRequest
 
-pytestmark = pytest.mark.usefixtures("quiet_finish")
+pytestmark = pytest.mark.usefixtures("bare_run")
 WHOLE_STEP = 10**6
-
-
-@pytest.fixture
-def start(make_config):
-    """A function: a run of these keys, prepared and not yet begun."""
-    with ExitStack() as held:
-        yield lambda **keys: prepare(make_config(**keys), StopRequest(), held)
-
-
-def trained(module):
-    return {name: param for name, param in module.named_parameters() if param.requires_grad}
-
-
-def first_step(run):
-    examples = [run.train_set[i] for i in run.schedule.examples_of(run.state.step)]
-    return examples, sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
-
-
-def gradients_of(run):
-    run.optimizer.zero_grad(set_to_none=True)
-    loop.gradients(run, *first_step(run))
-    return {name: param.grad.clone() for name, param in trained(run.model).items()}
 
 
 def same(found, expected):
@@ -561,14 +536,14 @@ def test_what_steps_have_freed_is_given_back_now_and_then(start, monkeypatch):
 
 
 @pytest.mark.parametrize("own", [None, "7"])
-def test_onednn_keeps_few_products_unless_told_otherwise(own, load_tiny, monkeypatch):
+def test_onednn_keeps_few_products_unless_told_otherwise(own, tiny_folder, monkeypatch):
     """It keeps 1,024 by itself, each with its scratch memory: a run with many micro-batch sizes grew by them."""
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.setenv(name, "")  # put back after the test
     monkeypatch.delenv(name)
     if own:
         monkeypatch.setenv(name, own)
-    load_tiny()
+    model.load_model(tiny_folder, torch.float32, CPU)
     assert os.environ[name] == (own or str(memory.PRODUCTS_KEPT))
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import faults
 import pytest
+from conftest import write_jsonl
 from faults import minilora
 from transformers import AutoConfig
 
@@ -80,7 +81,10 @@ def uninterrupted(argv, folder: Path, **how) -> Whole:
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory) -> Whole:
-    return uninterrupted(SHORT, tmp_path_factory.mktemp("short"), silent=True)
+    folder = tmp_path_factory.mktemp("short")
+    rows, held_out = write_jsonl(folder / "rows.jsonl", 64), write_jsonl(folder / "held_out.jsonl", 6, seed=1)
+    argv = (*SHORT, "--train_file", str(rows), "--eval_file", str(held_out))
+    return uninterrupted(argv, folder, silent=True)
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +219,8 @@ def last_step(run: Path) -> int:
 
 
 def printed_command(text: str) -> list[str] | None:
-    """The words of the resume command in a run's last lines, after `python train.py`."""
-    found = re.search(r"python train\.py (--resume .*)", text)
+    """The words of the resume command in a run's last lines, after `python -m minilora train`."""
+    found = re.search(r"python -m minilora train (--resume .*)", text)
     return shlex.split(found.group(1)) if found else None
 
 
@@ -290,7 +294,7 @@ def test_a_second_sigint_exits_at_once(short, tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["preparing", "finishing"])
-def test_a_signal_where_nothing_can_be_lost_ends_the_run_at_once(make_config, quiet_finish, monkeypatch, stage):
+def test_a_signal_where_nothing_can_be_lost_ends_the_run_at_once(make_config, bare_run, monkeypatch, stage):
     """Reading a model and trying out the result take long on a real one, far longer than the 5 s that are promised.
     A run once noticed a signal there only when all was done: a first Ctrl-C while a million rows were tokenised."""
     config = make_config()

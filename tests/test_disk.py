@@ -277,12 +277,12 @@ ARGV = (
 )
 
 
-def run_until(tmp_path, run: Path, happened, then) -> tuple[int, str]:
+def run_until(tmp_path, run: Path, happened, then, *flags) -> tuple[int, str]:
     """(exit code, output) of a demo run to which `then` is done once `happened` is true."""
     faults.start_servers(1)
     log = tmp_path / "log"
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(minilora, (*ARGV, run), log, plain_root=True)
+        future = pool.submit(minilora, (*ARGV, run, *flags), log, plain_root=True, silent=True)
         while not happened() and not future.done():
             time.sleep(0.002)
         assert not future.done(), log.read_text()
@@ -316,7 +316,7 @@ def test_a_full_disk(small_disk, tmp_path):
         pytest.skip("needs the right to mount a tmpfs; the operation-by-operation tests hold the same without")
     faults.start_servers(1)
     run, log = small_disk / "run", tmp_path / "log"
-    code = minilora((*ARGV, run), log)["code"]
+    code = minilora((*ARGV, run), log, silent=True)["code"]
     said = one_line(log.read_text())
     assert code == 2
     assert str(run) in said
@@ -326,7 +326,7 @@ def test_a_full_disk(small_disk, tmp_path):
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
     shutil.rmtree(run / "checkpoints" / "step-000002")
     log = tmp_path / "second.log"
-    done = minilora((*ARGV, run, "--resume", "auto", "--max_steps", "5"), log)
+    done = minilora((*ARGV, run, "--resume", "auto", "--max_steps", "5"), log, silent=True)
     assert done["code"] == 0, log.read_text()
     assert "step-000004" in log.read_text()
     assert newest_valid(run)[0].name == "step-000005"
@@ -338,7 +338,7 @@ def test_a_full_disk_where_only_the_log_is_written(tmp_path):
         pytest.skip("needs /dev/full")
     faults.start_servers(1)
     run, log = tmp_path / "run", tmp_path / "log"
-    code = minilora((*ARGV, run), log, full=str(run / "metrics.jsonl"))["code"]
+    code = minilora((*ARGV, run), log, full=str(run / "metrics.jsonl"), silent=True)["code"]
     said = one_line(log.read_text())
     assert code == 2
     assert str(run / "metrics.jsonl") in said
@@ -381,7 +381,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("a file where a folder is needed")
     faults.start_servers(1)
     log = tmp_path / "log"
-    code = minilora((*ARGV, tmp_path / "file" / "run"), log)["code"]
+    code = minilora((*ARGV, tmp_path / "file" / "run"), log, silent=True)["code"]
     said = one_line(log.read_text())
     assert code == 2
     assert str(tmp_path / "file") in said
@@ -402,11 +402,12 @@ def test_a_signal_on_a_full_disk(small_disk, tmp_path):
         os.close(filler)
         os.kill(int((run / ".lock").read_text()), signal.SIGTERM)
 
-    def in_step_four():
-        return (run / "checkpoints" / "step-000002").exists() and '"step": 3,' in (run / "metrics.jsonl").read_text()
+    def after_step_20():
+        log = run / "metrics.jsonl"
+        return log.exists() and '"step": 21,' in log.read_text()
 
-    code, text = run_until(tmp_path, run, in_step_four, fill_and_stop)
+    code, text = run_until(tmp_path, run, after_step_20, fill_and_stop, "--save_steps", 20)
     said = one_line(text)
     assert code == 2
     assert os.strerror(errno.ENOSPC) in said
-    assert newest_valid(run)[0].name == "step-000002"
+    assert newest_valid(run)[0].name == "step-000020"

@@ -38,26 +38,16 @@ from minilora.config import TARGET_GROUPS
 from minilora.data import IGNORE
 from minilora.dist import World
 from minilora.errors import CheckpointError, ConfigError, MiniloraError
-from minilora.predict import Choice, choose_cut
+from minilora.predict import choose_cut
 from minilora.run import prepare
 from minilora.stopping import StopRequest
 
 pytestmark = [
-    pytest.mark.usefixtures("quiet_finish"),
+    pytest.mark.usefixtures("bare_run"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="a forked child cannot train after its parent has seen CUDA"),
 ]
 SOAK = pytest.mark.soak
 LIMIT_S = 60.0  # for the end of a world that has lost a process
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """What memory a run will need is most of a tiny run's time, and another test's matter."""
-    chosen = lambda setup, rows, schedule, asked, most: Choice(asked or most, False, None)  # noqa: E731
-    monkeypatch.setattr(run, "choose_cut", chosen)
-    gc.freeze()  # nor is it worth while to look through all that pytest holds, at the end of each run
-    yield
-    gc.unfreeze()
 
 
 class Child:
@@ -450,7 +440,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(make_config, world, 
 
     ended = world(2, work)
     assert [code for code, _ in ended] == [143, 143]
-    assert "step-000002. Go on with: torchrun --nproc-per-node 2 train.py --resume" in ended[0][1]
+    assert "step-000002. Go on with: torchrun --nproc-per-node 2 -m minilora train --resume" in ended[0][1]
     assert checkpoint.newest_valid(Path(config.output_dir))[0].name == "step-000002"
     if told:
         return
@@ -477,11 +467,11 @@ def test_the_resume_command_is_that_of_this_machine(make_config, monkeypatch, to
     """It once started all processes on each of several machines."""
     with ExitStack() as held:
         own = prepare(make_config(), StopRequest(), held)
-    assert own.resume_command == f"python train.py --resume {own.folder}"
+    assert own.resume_command == f"python -m minilora train --resume {own.folder}"
     own.world = World(8, 16, 0)
     for name, value in ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"} | told).items():
         monkeypatch.setenv(name, value)
-    assert own.resume_command == f"{expected} train.py --resume {own.folder}"
+    assert own.resume_command == f"{expected} -m minilora train --resume {own.folder}"
 
 
 def lines_so_far(config):
@@ -503,7 +493,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(make_config, start
     code, said = ended[1 - killed]
     assert code == 1
     assert "another process of this run is gone" in said
-    assert f"torchrun --nproc-per-node 2 train.py --resume {config.output_dir}" in said
+    assert f"torchrun --nproc-per-node 2 -m minilora train --resume {config.output_dir}" in said
     assert time.monotonic() - sent < 10
     found, _ = checkpoint.newest_valid(Path(config.output_dir))
     step = int(found.name[5:])
@@ -832,7 +822,7 @@ def memory_of_shards(make_config, world, tmp_path, folder, size=2, words=40, **k
     rows, row = tmp_path / "rows.jsonl", {"instruction": "red " * (words // 4), "output": "stone " * words}
     rows.write_text("".join(json.dumps(row) + "\n" for _ in range(2 * size)))
     keys |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_tokens_per_micro_batch": 1}
-    keys |= {"target_modules": TARGET_GROUPS["all"], "lora_dropout": 0.05}
+    keys |= {} if keys.get("method") == "full" else {"target_modules": TARGET_GROUPS["all"], "lora_dropout": 0.05}
     config = make_config(model=str(folder), train_file=str(rows), fsdp=True, **keys)
 
     def work(rank):

@@ -1,11 +1,9 @@
 """What the documents say: their commands run, their code is the package's, their links and names lead somewhere."""
 
 import contextlib
-import io
 import itertools
 import os
 import re
-import shlex
 import socket
 import subprocess
 import sys
@@ -14,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_readme import DEMO, ROOT, for_the_test
+from conftest import ROOT
+from test_readme import DEMO, told_by
 from test_rooms import MAX_FUNCTION_LINES, MAX_STEP_LINES, MAX_STORY_LINES
 
 import minilora
@@ -44,19 +43,9 @@ def prose(path: Path) -> str:
 # ---------------------------------------------------------------------------------------- commands
 
 
-def told_by(block: str) -> str:
-    """What the commands of a block print, run one after the other in this process."""
-    told = io.StringIO()
-    for command in filter(None, map(str.strip, block.splitlines())):
-        changed = for_the_test(command)
-        assert changed is not None, f"no test runs this: {command}"
-        words = shlex.split(changed)[1:]
-        argv = ["train", *words[1:]] if words[0] == "train.py" else words[2:]
-        assert words[0] == "train.py" or words[:2] == ["-m", "minilora"], command
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(io.StringIO()) as errors:
-            code = cli.main(argv)
-        assert code == 0, f"{command}\n{changed}\n{errors.getvalue()[-2000:]}"
-    return told.getvalue()
+def told_by_all(block: str) -> str:
+    """What the commands of a block print, run one after the other."""
+    return "".join(map(told_by, filter(None, map(str.strip, block.splitlines()))))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +57,7 @@ def walked(tmp_path_factory):
     with contextlib.chdir(folder):
         for language, content in blocks(ROOT / "docs" / "walkthrough.md"):
             if language == "bash":
-                told = told_by(content)
+                told = told_by_all(content)
             elif language == "text":
                 shown.append((content, told))
     return folder, shown
@@ -92,7 +81,7 @@ def test_the_commands_of_the_questions_run(walked):
     assert content
     with contextlib.chdir(walked[0]):
         for block in content:
-            told_by(block)
+            told_by_all(block)
 
 
 # ---------------------------------------------------------------------------------------- code and names
@@ -223,13 +212,21 @@ def scaling_tables() -> list[dict[str, list[str]]]:
     return [{name: cells for name, *cells in table} for table in rows]
 
 
-def test_the_figures_of_scaling_are_those_that_its_command_prints(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "tables"),
+    [
+        (["--methods", "lora", "--ranks", "8"], 4),
+        pytest.param([], 10, marks=pytest.mark.soak),
+    ],
+    ids=["some", "all"],
+)
+def test_the_figures_of_scaling_are_those_that_its_command_prints(capsys, monkeypatch, flags, tables):
     """Of the smallest model on 64 cards."""
-    monkeypatch.setattr(sys, "argv", ["scaling", "--models", "0.5B", "--cards", "64"])
+    monkeypatch.setattr(sys, "argv", ["scaling", "--models", "0.5B", "--cards", "64", *flags])
     scaling.main()
     printed = [line.strip("| ").split(" | ")[1:] for line in capsys.readouterr().out.splitlines() if "| 0.5B |" in line]
     shown = {cell for table in scaling_tables() for cell in table["0.5B"]}
-    assert len(printed) == 10
+    assert len(printed) == tables
     for cells in printed:
         assert set(cells) <= shown, cells
 

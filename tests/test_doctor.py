@@ -233,7 +233,7 @@ FAULTS = [
     (missing_extra, "note", "extra bench", "peft is not installed", 'pip install -U "peft>='),
     (missing_bitsandbytes, "note", "bitsandbytes", "not installed", "pip install -U bitsandbytes"),
     (bitsandbytes_for_another_cuda, "note", "bitsandbytes", "no library for torch's CUDA 12.6", "pip install -U"),
-    (missing_tokenizer, "FAIL", "tokenizer", "tokenizer.json is missing", "hf download"),
+    (missing_tokenizer, "FAIL", "tokenizer", "copy tokenizer.json there", "hf download"),
     (no_chatml, "FAIL", "tokenizer", "it is not a ChatML (Qwen) tokenizer", "hf download"),
     (added_end_token, "FAIL", "end token", "<|im_end|> has id", "hf download"),
     (missing_shard, "FAIL", "weights", ".safetensors: missing", "hf download"),

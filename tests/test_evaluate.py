@@ -8,14 +8,13 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomize_lora, write_jsonl
+from conftest import save_random_adapter, write_jsonl
 
 from minilora import adapter, cli, evaluate, generate, loop, model, run
 from minilora.data import IGNORE, Row, Turn
 from minilora.errors import AdapterError, DivergedError, OutOfMemoryError
 from minilora.evaluate import Request, Scores, exact_match, questions, score, token_scores
 from minilora.generate import Sampling, answer_all
-from minilora.lora import inject
 from minilora.merge import merge
 from minilora.stopping import StopRequest
 
@@ -30,12 +29,7 @@ def rows(tmp_path):
 @pytest.fixture
 def tuned(tiny_folder, load_tiny, tmp_path):
     """An adapter's folder: trained, as it were, under a system prompt of its own."""
-    tiny = load_tiny()
-    identity = model.fingerprint(tiny)
-    inject(tiny, ("q_proj", "v_proj", "up_proj"), rank=4, alpha=8)
-    randomize_lora(tiny, std=0.1)
-    settings = adapter.AdapterConfig(str(tiny_folder), 4, 8, 0.0, ("q_proj", "v_proj", "up_proj"), False)
-    adapter.save(tmp_path / "adapter", tiny, settings, {"base_fingerprint": identity, "system_prompt": PROMPT})
+    save_random_adapter(load_tiny(), tmp_path / "adapter", tiny_folder, ("q_proj", "v_proj", "up_proj"), prompt=PROMPT)
     return tmp_path / "adapter"
 
 

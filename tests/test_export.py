@@ -5,22 +5,17 @@ import shutil
 
 import pytest
 import torch
-from conftest import random_examples, randomize_lora, write_jsonl
+from conftest import logits, save_random_adapter, write_jsonl
 from safetensors.torch import load_file, save_file
 
 from minilora import adapter, cli
+from minilora.config import TARGET_GROUPS
 from minilora.errors import AdapterError
 from minilora.export import export_portable, how_to_use, verify
-from minilora.lora import inject, lora_layers
+from minilora.lora import lora_layers
 from minilora.model import fingerprint
 
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-IDS = torch.from_numpy(random_examples([40])[0].input_ids[None]).long()
-
-
-@torch.no_grad()
-def logits(model):
-    return model.eval()(IDS).logits
+ALL = TARGET_GROUPS["all"]
 
 
 @pytest.fixture
@@ -29,12 +24,7 @@ def write(load_tiny, tiny_folder, tmp_path):
 
     def write(targets=ALL, rank=4, alpha=6, rslora=False):
         tiny = load_tiny()
-        identity = fingerprint(tiny)
-        inject(tiny, targets, rank, alpha, 0.05, rslora)
-        randomize_lora(tiny, std=0.1)
-        settings = adapter.AdapterConfig(str(tiny_folder), rank, alpha, 0.05, tuple(targets), rslora)
-        metadata = {"base_fingerprint": identity, "system_prompt": "Be brief."}
-        adapter.save(tmp_path / "adapter", tiny, settings, metadata)
+        save_random_adapter(tiny, tmp_path / "adapter", tiny_folder, targets, rank, alpha, rslora=rslora)
         for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
             shutil.copy(tiny_folder / name, tmp_path / "adapter")
         return tmp_path / "adapter", tiny

@@ -19,7 +19,7 @@ from minilora.generate import Sampling, load_speaker
 from minilora.run import prepare
 from minilora.stopping import StopRequest
 
-pytestmark = pytest.mark.usefixtures("quiet_finish")
+pytestmark = pytest.mark.usefixtures("bare_run")
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -117,6 +117,15 @@ def test_it_trains_loads_in_peft_and_answers(name, family, make_config):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     (text,) = generate.answer(speaker, [[Turn("user", "red stone 大")]], Sampling(max_new_tokens=8))
     assert text == speaker.tokenizer.decode(answered, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama"])
+def test_every_weight_is_trained_in_bf16(name, family, make_config):
+    """Qwen3's norms of q and k, with weights in fp32, once handed attention a q and a k that v's type did not match."""
+    kind, keys = FAMILIES[name]
+    config = make_config(model=str(family(kind, **keys)), method="full", dtype="bfloat16", learning_rate=1e-3)
+    summary = loop.train(config)
+    assert summary.last_loss < summary.first_loss
 
 
 def test_the_known_families_have_their_lean_parts(family):

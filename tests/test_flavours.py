@@ -8,12 +8,13 @@ from contextlib import ExitStack
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Sizes, random_examples, randomize_lora, relative_error
+from conftest import IDS, Sizes, logits, randomize_lora, relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minilora import adapter, checkpoint, cli, flavours, loop, method
+from minilora import adapter, checkpoint, cli, flavours, loop, method, predict, run
 from minilora.adapters import Adapters
+from minilora.config import TARGET_GROUPS
 from minilora.errors import AdapterError, ConfigError
 from minilora.export import export_portable, verify
 from minilora.flavours import dora_linear, main_directions, weight_norm
@@ -23,15 +24,9 @@ from minilora.model import fingerprint
 from minilora.run import prepare
 from minilora.stopping import StopRequest
 
-pytestmark = pytest.mark.usefixtures("quiet_finish")
+pytestmark = pytest.mark.usefixtures("bare_run")
 IN, OUT, RANK = 12, 7, 3
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-IDS = torch.from_numpy(random_examples([40])[0].input_ids[None]).long()
-
-
-@torch.no_grad()
-def logits(model):
-    return model.eval()(IDS).logits
+ALL = TARGET_GROUPS["all"]
 
 
 def draws(seed=0, shape=(2, 5), bias=True):
@@ -350,6 +345,14 @@ def trained(make_config, tmp_path):
 
 
 @pytest.mark.parametrize("name", FLAVOURS)
+def test_the_memory_of_each_flavour_is_predicted(name, make_config, monkeypatch):
+    """Shapes without weights go through it, too."""
+    monkeypatch.setattr(run, "choose_cut", predict.choose_cut)
+    with StopRequest() as stop, ExitStack() as held:
+        assert prepare(make_config(**FLAVOURS[name]), stop, held).predicted_peak_bytes is not None
+
+
+@pytest.mark.parametrize("name", FLAVOURS)
 def test_each_flavour_is_the_same_function_wherever_it_goes(name, trained, load_tiny, tmp_path):
     """Reloaded after training, in PEFT, merged, exported: golden, on the original base."""
     from peft import PeftModel
@@ -357,7 +360,6 @@ def test_each_flavour_is_the_same_function_wherever_it_goes(name, trained, load_
 
     folder, summary = trained(name)
     assert summary.verified_max_logit_difference < 1e-4
-    assert summary.predicted_peak_memory_bytes is not None  # shapes without weights go through it, too
     base, ours = load_tiny(), load_tiny()
     config = adapter.load(ours, folder, fingerprint(ours))
     expected = logits(ours)

@@ -5,6 +5,7 @@ Nothing is read or written outside of the folders that were named, and nothing t
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from conftest import CPU, randomize_lora, write_jsonl
+from conftest import CPU, save_random_adapter, write_jsonl
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -60,7 +61,7 @@ def attempt(work, kinds=(MiniloraError,)) -> tuple[Exception | None, list[str]]:
     return error, wrong
 
 
-def guarded(work, seconds=2) -> dict:
+def guarded(work, seconds=20) -> dict:
     """work() in a child that is ended when it hangs and cannot take much memory: {"error", "kinds"}."""
 
     def limited():
@@ -107,11 +108,9 @@ def sign(path: Path, manifest: dict | None = None, **changes) -> None:
             file = path / name
             if isinstance(manifest["files"][name], dict) and file.is_file():
                 content = file.read_bytes() if file.stat().st_size < 2**24 else b""
-                record = {"size": len(content), "sha256": __import__("hashlib").sha256(content).hexdigest()}
+                record = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
                 manifest["files"][name] = record | {k: v for k, v in changes.items() if k in record}
-    own = getattr(checkpoint, "_own_sha256", None)
-    if own is not None:
-        manifest["sha256"] = own(manifest)
+    manifest["sha256"] = checkpoint._own_sha256(manifest)
     (path / MANIFEST).write_bytes(b"".join(files.json_chunks(manifest)))
 
 
@@ -124,12 +123,8 @@ def base(tiny_folder):
 def good_adapter(tiny_folder, tmp_path_factory) -> Path:
     """The adapter of a tiny model, rank 2 on q_proj: 4 small tensors."""
     tiny = model.load_model(tiny_folder, torch.float32, CPU)
-    identity = model.fingerprint(tiny)
-    inject(tiny, ("q_proj",), rank=2, alpha=4)
-    randomize_lora(tiny)
     folder = tmp_path_factory.mktemp("good") / "adapter"
-    settings = adapter.AdapterConfig(str(tiny_folder), 2, 4, 0.0, ("q_proj",), False)
-    adapter.save(folder, tiny, settings, {"base_fingerprint": identity, "system_prompt": "x"})
+    save_random_adapter(tiny, folder, tiny_folder, ("q_proj",), rank=2, alpha=4)
     return folder
 
 
@@ -715,7 +710,7 @@ def test_the_default_run_stays_under_runs(tmp_path, monkeypatch):
             assert "\0" not in stem.name
 
 
-def test_a_runs_config_cannot_send_it_elsewhere(make_config, tmp_path, outside, quiet_finish):
+def test_a_runs_config_cannot_send_it_elsewhere(make_config, tmp_path, outside, bare_run):
     """--resume PATH goes on in PATH, whatever config.json says of output_dir."""
     folder, watched = outside
     config = make_config(save_steps=2)
@@ -731,7 +726,7 @@ def test_a_runs_config_cannot_send_it_elsewhere(make_config, tmp_path, outside, 
 
 
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", ".config.json.partial", ".summary.json.partial"])
-def test_links_planted_in_a_run_are_not_followed(make_config, tmp_path, name, quiet_finish):
+def test_links_planted_in_a_run_are_not_followed(make_config, tmp_path, name, bare_run):
     """A run folder from elsewhere, gone on with: a link in it must not let us empty the user's files."""
     victim = tmp_path / "victim"
     victim.write_text("mine")
@@ -808,7 +803,7 @@ def test_bases_that_an_adapter_names(hostile, outside, tmp_path, monkeypatch, na
     assert [event for event in watched.events() if event != f"{folder}/"] == []
 
 
-def test_an_output_folder_is_the_one_named(make_config, tmp_path, outside, quiet_finish, monkeypatch):
+def test_an_output_folder_is_the_one_named(make_config, tmp_path, outside, bare_run, monkeypatch):
     """--output_dir with dots in it means what it means to the shell, and nothing is written beside it."""
     folder, watched = outside
     monkeypatch.chdir(tmp_path)
@@ -1001,7 +996,7 @@ def test_nothing_in_an_adapter_is_run(hostile, tmp_path, canary, attack, monkeyp
     sys.modules.pop("evil", None)
 
 
-def test_nothing_in_a_run_folder_is_run(make_config, tmp_path, canary, quiet_finish, monkeypatch):
+def test_nothing_in_a_run_folder_is_run(make_config, tmp_path, canary, bare_run, monkeypatch):
     """Pickles under the names that Trainer gives them, beside a checkpoint and in place of its files."""
     config = make_config(save_steps=2)
     loop.train(config)

@@ -2,13 +2,10 @@
 
 import pytest
 import torch
+from conftest import save_random_adapter
 
 from minilora import adapter, layerwise
-from minilora.adapter import AdapterConfig
 from minilora.generate import probe_logits
-from minilora.lora import inject
-from minilora.model import fingerprint
-from tests.conftest import randomize_lora
 
 IDS = [5, 17, 3, 99, 1, 42]
 
@@ -19,11 +16,7 @@ def adapted(tmp_path, load_tiny):
 
     def make(rslora=False, dora=False, targets=("q_proj", "v_proj", "down_proj")):
         model = load_tiny()
-        base = fingerprint(model)
-        inject(model, targets, 4, 8, rslora=rslora, dora=dora)
-        randomize_lora(model)
-        config = AdapterConfig("base", 4, 8, 0.0, targets, rslora, dora)
-        adapter.save(tmp_path / "adapter", model, config, {"base_fingerprint": base})
+        save_random_adapter(model, tmp_path / "adapter", "base", targets, std=0.2, rslora=rslora, dora=dora)
         return tmp_path / "adapter", model.eval()
 
     return make

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import randomize_lora
+from conftest import CPU, save_random_adapter
 from pages import Page
 
-from minilora import adapter, cli, generate, look, model
+from minilora import cli, generate, look, model
 from minilora.errors import DataError, DivergedError
 from minilora.look import inspect, token_text
-from minilora.lora import inject
 
 SEEDS_TEXT = "猴子喜欢吃香蕉，兔子喜欢吃"
 SYSTEM = "Be brief."
@@ -19,14 +18,9 @@ SYSTEM = "Be brief."
 @pytest.fixture(scope="module")
 def tuned(tiny_folder, tmp_path_factory):
     """An adapter's folder, trained, as it were, under a system prompt of its own."""
-    tiny = model.load_model(tiny_folder, torch.float32, torch.device("cpu"))
-    identity = model.fingerprint(tiny)
-    targets = ("q_proj", "v_proj", "up_proj")
-    inject(tiny, targets, rank=4, alpha=8)
-    randomize_lora(tiny, std=0.1)
+    tiny = model.load_model(tiny_folder, torch.float32, CPU)
     folder = tmp_path_factory.mktemp("tuned") / "adapter"
-    settings = adapter.AdapterConfig(str(tiny_folder), 4, 8, 0.0, targets, False)
-    adapter.save(folder, tiny, settings, {"base_fingerprint": identity, "system_prompt": SYSTEM})
+    save_random_adapter(tiny, folder, tiny_folder, ("q_proj", "v_proj", "up_proj"), prompt=SYSTEM)
     return folder
 
 

@@ -14,9 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import write_jsonl
+from conftest import ROOT, bare_runs, small_config, write_jsonl
 
-import minilora
 from minilora import checkpoint, cli, loop, rundir
 from minilora.config import TARGET_GROUPS, TrainConfig, resolve
 from minilora.data import MAX_LINE_BYTES, read_lines, read_rows
@@ -24,8 +23,7 @@ from minilora.errors import CheckpointError, ConfigError, DataError, DivergedErr
 from minilora.run import prepare
 from minilora.stopping import StopRequest
 
-pytestmark = pytest.mark.usefixtures("quiet_finish")
-ROOT = Path(minilora.__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("bare_run")
 LONG = "x" * 300
 
 
@@ -45,13 +43,6 @@ def flags(tiny_folder, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", 8)
     small = "--per_device_train_batch_size 2 --gradient_accumulation_steps 2 --num_train_epochs 1 --dtype float32"
     return ["train", "--model", str(tiny_folder), "--train_file", str(rows), *small.split(), "--device", "cpu"]
-
-
-@pytest.fixture
-def start(make_config):
-    """A function: a run of these keys, prepared and not yet begun."""
-    with ExitStack() as held:
-        yield lambda **keys: prepare(make_config(**keys), StopRequest(), held)
 
 
 def rows_of(path, *rows) -> Path:
@@ -121,7 +112,7 @@ def test_paths_that_name_nothing_are_refused_by_name(key, value, capsys, tmp_pat
 def test_an_unknown_flag_with_a_value_is_one_mistake(before, value, capsys):
     """`lora --lerning_rate 1e-4` once also said that '1e-4' is an unknown argument."""
     said = mistake(capsys, "train", *before, "--lerning_rate", value)
-    assert said == "unknown argument '--lerning_rate' Did you mean --learning_rate?. See minilora train --help"
+    assert said == "unknown argument '--lerning_rate'. Did you mean --learning_rate? See minilora train --help"
 
 
 def test_a_toml_file_with_a_byte_order_mark(tmp_path):
@@ -275,12 +266,19 @@ def test_a_model_folder_without_tokenizer_says_which_files_are_missing(flags, ti
 # ---------------------------------------------------------------------------------------- going on
 
 
-@pytest.fixture
-def four_steps(make_config):
-    """The settings of a finished run that kept the checkpoints of its four steps."""
-    config = make_config(save_steps=1, save_total_limit=0)
-    loop.train(config)
+@pytest.fixture(scope="module")
+def _four_steps(tiny_folder, tmp_path_factory):
+    config = small_config(tiny_folder, tmp_path_factory.mktemp("four_steps"), save_steps=1, save_total_limit=0)
+    with bare_runs():
+        loop.train(config)
     return config
+
+
+@pytest.fixture
+def four_steps(_four_steps, tmp_path):
+    """The settings of a finished run that kept the checkpoints of its four steps; the folder is the test's own."""
+    shutil.copytree(_four_steps.output_dir, tmp_path / "run")
+    return dataclasses.replace(_four_steps, output_dir=str(tmp_path / "run"))
 
 
 def test_going_back_keeps_the_later_checkpoints_until_a_new_one_is_saved(four_steps, capsys):
@@ -334,7 +332,9 @@ def test_hashes_in_the_message_about_changed_data_are_short(four_steps, tmp_path
     other = write_jsonl(tmp_path / "other.jsonl", 32, seed=5)
     with pytest.raises(CheckpointError) as caught:
         loop.train(dataclasses.replace(four_steps, train_file=str(other), resume="auto"))
-    assert re.search(r"the training data has changed: fingerprint [0-9a-f]{12}…, is [0-9a-f]{12}…\n", str(caught.value))
+    assert re.search(
+        r"the training data has changed: fingerprint was [0-9a-f]{12}…, is now [0-9a-f]{12}…\n", str(caught.value)
+    )
 
 
 def test_two_starts_at_once_take_two_folders(flags, make_config, tmp_path, monkeypatch):
@@ -429,7 +429,7 @@ def test_the_resume_command_survives_spaces_in_paths(make_config, tmp_path, monk
     with pytest.raises(StoppedError) as stopped:
         loop.train(make_config(output_dir=str(run)))
     command = str(stopped.value).partition("Go on with: ")[2]
-    assert shlex.split(command) == ["python", "train.py", "--resume", str(run)]
+    assert shlex.split(command) == ["python", "-m", "minilora", "train", "--resume", str(run)]
 
 
 def test_no_best_is_explained(make_config, monkeypatch, capsys, tmp_path):

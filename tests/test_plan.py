@@ -58,11 +58,20 @@ def test_parts_add_up_and_settings_are_in_order(said, monkeypatch):
     assert "not measured" in text
 
 
+@pytest.fixture
+def no_table(monkeypatch):
+    """A plan without the table of other settings, which takes most of its time."""
+    monkeypatch.setattr(planning, "grid", lambda *_: Grid((), {}))
+    monkeypatch.setattr(planning, "settings_table", lambda *_: "")
+
+
+@pytest.mark.usefixtures("no_table")
 def test_the_interpreter_counts_on_a_cpu(said):
     parts = dict(rows_below(said("--device", "cpu"), "| part"))
     assert mib(parts["interpreter, libraries, rows (in use now)"]) > 200
 
 
+@pytest.mark.usefixtures("no_table")
 def test_without_rows_all_are_as_long_as_allowed(said):
     text = said(
         "--train_file", "none.jsonl", "--max_length", "300", "--card", "24", "--max_tokens_per_micro_batch", "900"
@@ -72,6 +81,7 @@ def test_without_rows_all_are_as_long_as_allowed(said):
     assert "a card of 24 GiB: not measured" in text
 
 
+@pytest.mark.usefixtures("no_table")
 def test_figures_in_words(said, capsys):
     """The middle of an even number of lengths is the one that training and preview name."""
     text = said("--max_tokens_per_micro_batch", "30")
@@ -96,6 +106,7 @@ def test_the_columns_of_a_table_stand_below_each_other():
     [
         (["--card", "RTX 4o80"], "none of RTX 3060, .* Did you mean RTX 4080?"),
         (["--card", "0"], "no number of GiB"),
+        (["--fsdp"], "plan predicts one device"),
         (["--card", "-3"], "no number of GiB|expected one argument"),
         (["--lora_q", "3"], "--lora_r"),
         (["--device", "cuda:9"], "this machine shows"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CPU, random_examples, randomize_lora, relative_error
+from conftest import CPU, IDS, random_examples, randomize_lora, relative_error
 from torch import nn
 
 import minilora
@@ -29,7 +29,6 @@ except ImportError:
     bitsandbytes = None
 needs_library = pytest.mark.skipif(bitsandbytes is None, reason="needs bitsandbytes (extra quant)")
 both = pytest.mark.parametrize("bits", [4, 8])
-IDS = torch.from_numpy(random_examples([40])[0].input_ids[None]).long()
 
 
 def dequantised(layer) -> torch.Tensor:
@@ -218,7 +217,7 @@ def test_gradients_equal_those_of_the_dequantised_model(load_held, load_tiny, bi
 
 @needs_library
 @pytest.mark.parametrize(("bits", "dtype"), [(4, "float32"), (4, "bfloat16"), (8, "float32")])
-def test_a_run_from_beginning_to_end(make_config, quiet_finish, capsys, bits, dtype):
+def test_a_run_from_beginning_to_end(make_config, bare_run, capsys, bits, dtype):
     """It learns, is verified on the same base held the same way, says what it does not know, and goes on exactly."""
     config = make_config(**{f"load_in_{bits}bit": True}, dtype=dtype, lora_dropout=0.1, save_steps=2, max_steps=4)
     summary = train(config)
@@ -239,7 +238,7 @@ def test_a_run_from_beginning_to_end(make_config, quiet_finish, capsys, bits, dt
 
 
 @needs_library
-def test_a_run_in_4_bits_does_not_go_on_in_16(make_config, quiet_finish):
+def test_a_run_in_4_bits_does_not_go_on_in_16(make_config, bare_run):
     """Another base function: the checkpoint says so."""
     config = make_config(load_in_4bit=True, max_steps=1)
     train(config)

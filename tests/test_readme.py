@@ -1,16 +1,19 @@
 """Every command of the README does what it says, in the order in which it stands there."""
 
 import ast
+import contextlib
+import io
 import os
 import re
-import shutil
+import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, bare_runs
 
-ROOT = Path(__file__).parent.parent
+from minilora import cli
+
 README = (ROOT / "README.md").read_text("utf-8")
 DEMO = str(ROOT / "minilora" / "demo" / "model")
 HUB_NAME = "Qwen/Qwen2-0.5B-Instruct"
@@ -25,7 +28,7 @@ def for_the_test(command: str) -> str | None:
 
     The hub's model becomes the demo's, a run becomes two steps; nothing else changes.
     """
-    if "pytest" in command or "benchmarks/" in command:
+    if "pytest" in command or "-m benchmarks." in command:
         return None
     command = command.removeprefix("pip install -r requirements.txt && ")  # .ci/run installs
     command = re.sub(r"\bpython\b", sys.executable, command).replace(HUB_NAME, DEMO)
@@ -38,62 +41,64 @@ def for_the_test(command: str) -> str | None:
     return command
 
 
-@pytest.mark.timeout(900)  # a dozen programs one after the other, on a machine that may be busy
-def test_the_commands_of_the_readme(tmp_path):
+def told_by(command: str) -> str:
+    """What a command prints: the demo and torchrun started as a user starts them, the others in this process."""
+    changed = for_the_test(command)
+    assert changed is not None, f"no test runs this: {command}"
+    if "torchrun" in command or command.endswith("train.py demo"):
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(["bash", "-ec", changed], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{command}\n{changed}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        return done.stdout
+    asked, piped, changed = changed.rpartition(" | ")
+    typed = shlex.split(asked)[1] + "\n" if piped else ""  # echo "..." | python -m minilora chat
+    words = shlex.split(changed)[1:]
+    argv = ["train", *words[1:]] if words[0] == "train.py" else words[2:]
+    assert words[0] == "train.py" or words[:2] == ["-m", "minilora"], command
+    told, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO(typed))
+        code = cli.main(argv)
+    assert code == 0, f"{command}\n{changed}\n{errors.getvalue()[-2000:]}"
+    return told.getvalue()
+
+
+@pytest.mark.timeout(900)  # two dozen commands one after the other, on a machine that may be busy
+def test_the_commands_of_the_readme(tmp_path, monkeypatch):
     for name in ("train.py", "data", "minilora"):
         (tmp_path / name).symlink_to(ROOT / name)
-    commands = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
-    assert len(commands) >= 8
-    for command in commands:
-        changed = for_the_test(command)
-        if changed is None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # torchrun leaves folders there
+    for command in [line for block in blocks("bash") for line in block.splitlines() if line.strip()]:
+        if for_the_test(command) is None:
             continue
-        done = subprocess.run(
-            ["bash", "-ec", changed],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, f"{command}\n{changed}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        told = told_by(command)
         if "generate" in command or "chat" in command:
-            assert len(done.stdout.strip()) > 1, command
+            assert len(told.strip()) > 1, command
 
 
-def test_the_run_folder_is_as_the_readme_shows_it(tmp_path):
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """The folder in which runs/mine is a run of one step."""
+    folder = tmp_path_factory.mktemp("short")
+    flags = ["--max_steps", "1", "--eval_samples", "1", "--output_dir", str(folder / "runs" / "mine")]
+    with bare_runs():
+        assert cli.main(["train", "demo", *flags]) == 0
+    return folder
+
+
+def test_the_run_folder_is_as_the_readme_shows_it(short_run):
     (shown,) = [block for block in blocks("text") if "runs/mine/config.json" in block]
     names = re.findall(r"^(?:runs/mine/|\s+)([\w.]+/?)\s", shown, re.M)
     assert {"config.json", "metrics.jsonl", "adapter/", "best/", "checkpoints/", "summary.json"} <= set(names)
-    flags = ["--max_steps", "1", "--eval_samples", "1", "--output_dir", str(tmp_path / "run")]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "demo", *flags],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
     for name in names:
-        path = tmp_path / "run" / name
+        path = short_run / "runs" / "mine" / name
         assert path.is_dir() if name.endswith("/") else path.is_file(), name
 
 
-def test_peft_loads_it_as_the_readme_shows(tmp_path, monkeypatch):
+def test_peft_loads_it_as_the_readme_shows(short_run, monkeypatch):
     (code,) = [block for block in blocks("python") if "PeftModel" in block]
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "demo",
-            "--max_steps",
-            "1",
-            "--output_dir",
-            str(tmp_path / "runs/mine"),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(short_run)
     names: dict[str, object] = {}
     exec(code.replace(HUB_NAME, DEMO), names)  # the README's own lines
     assert type(names["model"]).__name__.startswith("PeftModel")
@@ -128,13 +133,3 @@ def test_each_cell_about_a_peer_has_its_source():
     _, _, *rows = cells((ROOT / "docs" / "peers.md").read_text("utf-8").split("## Cell by cell")[1], 5)
     assert all(where for *_, where in rows)
     assert {(feature, who, verdict) for feature, who, verdict, _, _ in rows} == {row for row in said if row[2] != "-"}
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)", README))))
-def test_links_resolve(target):
-    assert (ROOT / target).exists()
-
-
-def test_nothing_is_left_to_fill_in():
-    assert not re.findall(r"\b(DEMO_OUTPUT|BENCH_TABLE|STEP_CODE|FILE_TREE)\b", README)
-    assert shutil.which("bash")

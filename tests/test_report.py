@@ -152,7 +152,7 @@ def test_method_full_has_a_model(make_run):
     assert "merge" not in commands
 
 
-def test_a_real_run_writes_its_page(make_config, tmp_path, capsys, quiet_finish):
+def test_a_real_run_writes_its_page(make_config, tmp_path, capsys, bare_run):
     config = make_config(eval_file=str(write_jsonl(tmp_path / "valid.jsonl", 6, seed=9)))
     done = loop.train(config)
     page = Page((Path(config.output_dir) / "report.html").read_text("utf-8"))

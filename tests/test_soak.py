@@ -23,7 +23,7 @@ MAX_CHECKPOINT_S = 0.2
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_a_long_run_does_not_grow(make_config, monkeypatch, tmp_path, quiet_finish):
+def test_a_long_run_does_not_grow(make_config, monkeypatch, tmp_path, bare_run):
     """5,000 steps with evaluations and checkpoints among them; RSS, open files and threads every 50 steps."""
     steps = faults.count("STEPS", STEPS)
     settled = min(SETTLED, steps // 2)

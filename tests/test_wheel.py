@@ -31,7 +31,7 @@ def run(*command: object, cwd: Path) -> str:
 
 def package_files() -> set[str]:
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "minilora").rglob("*") if path.is_file()}
-    return {name for name in there if not name.endswith(".pyc")}
+    return {name for name in there if "__pycache__" not in name}
 
 
 def test_files_that_are_not_code_are_packaged():

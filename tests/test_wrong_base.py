@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, randomize_lora
+from conftest import CPU, save_random_adapter
 
 from minilora import adapter, cli, model
 from minilora.errors import AdapterError
-from minilora.lora import inject, lora_layers
+from minilora.lora import lora_layers
 from minilora.model import SAMPLES_PER_TENSOR, fingerprint
 
 TARGETS = ("q_proj", "v_proj")
@@ -36,12 +36,8 @@ def base(tiny_folder):
 @pytest.fixture(scope="module")
 def trained(base, tiny_folder, tmp_path_factory) -> Path:
     """An adapter trained, as it were, on the tiny base."""
-    tuned = copy.deepcopy(base)
-    inject(tuned, TARGETS, rank=2, alpha=4)
-    randomize_lora(tuned)
     folder = tmp_path_factory.mktemp("trained") / "adapter"
-    settings = adapter.AdapterConfig(str(tiny_folder), 2, 4, 0.0, TARGETS, False)
-    adapter.save(folder, tuned, settings, {"base_fingerprint": fingerprint(base), "system_prompt": ""})
+    save_random_adapter(copy.deepcopy(base), folder, tiny_folder, TARGETS, rank=2, alpha=4, prompt="", std=0.2)
     return folder
 
 
