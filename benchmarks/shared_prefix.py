@@ -44,7 +44,7 @@ def budget_of_as_many_rows(tokenizer: Any, prompt: str, args: argparse.Namespace
         rows, report = read_rows(file.name)
     how = {name: getattr(TrainConfig, name) for name in ("max_length", "overlong", "train_on_prompt")}
     dataset = list(tokenize(rows, ChatMarkup(tokenizer), report, system_prompt=prompt, **how))
-    most = max(MICRO_BATCH_TOKENS[pick_device(args.device).type], SHARED_PREFIXES * common_prefix(dataset))
+    most = MICRO_BATCH_TOKENS[pick_device(args.device).type] + SHARED_PREFIXES * common_prefix(dataset)
     return max(sum(len(dataset[i].input_ids) - 1 for i in part) for part in cut_examples(dataset, most, True))
 
 

@@ -43,7 +43,7 @@ from minilora.shard import shard
 from minilora.sources import Sets, make_sets, read_sources
 from minilora.stopping import StopRequest
 
-SHARED_PREFIXES = 4  # a micro-batch has room for so many times the tokens that its rows share
+SHARED_PREFIXES = 3  # a micro-batch has more room by so many times the tokens that its rows share
 
 
 @dataclass
@@ -292,8 +292,8 @@ def _choose_cut(
     if not asked and resumed_from is not None and (before := checkpoint.asked_tokens(resumed_from)) > 1:
         asked = before if device.type == "cuda" else 0
     most = MICRO_BATCH_TOKENS[device.type]
-    if shares_prefix(config, device.type):  # a long one pays only where several rows meet
-        most = max(most, SHARED_PREFIXES * common_prefix([train_set[i] for i in schedule.examples_of(0)]))
+    if shares_prefix(config, device.type):  # the longer it is, the more rows must meet for it to pay
+        most += SHARED_PREFIXES * common_prefix([train_set[i] for i in schedule.examples_of(0)])
     if config.base_bits:
         note = f"what a base in {config.base_bits} bits takes is not predicted: a step that does not fit is cut smaller"
         return Choice(asked or most, bool(config.gradient_checkpointing), None, (note,))

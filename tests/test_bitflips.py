@@ -84,7 +84,6 @@ def test_a_run_with_a_flipped_bit_goes_on_from_the_one_before(run, make_config, 
     content[len(content) // 2] ^= 4
     (newest / checkpoint.WEIGHTS).write_bytes(content)
     shutil.rmtree(run / "adapter")
-    (run / ".lock").unlink(missing_ok=True)
     config = make_config(save_steps=1, lora_r=2, resume="auto", train_file=os.fspath(run.parent / "train.jsonl"))
     loop.train(config)
     said = capsys.readouterr().out

@@ -239,7 +239,7 @@ def test_long_rows_go_in_small_portions(rows, markup, monkeypatch):
     assert max(sizes) < 10
 
 
-def test_questions_are_found_in_one_pass(make_config, tmp_path, markup, monkeypatch):
+def test_questions_are_found_in_one_pass(make_config, markup, monkeypatch):
     config = make_config(val_size=0.5, eval_samples=9)
     passes = []
     plain = sources.stream_rows

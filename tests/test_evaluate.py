@@ -125,7 +125,7 @@ def test_logits_are_there_a_chunk_at_a_time():
     assert int(correct) == int((logits.argmax(-1) == targets).sum()) >= 9
 
 
-def test_memory_that_runs_out_makes_micro_batches_smaller(rows, tiny_folder, load_tiny, monkeypatch):
+def test_memory_that_runs_out_makes_micro_batches_smaller(rows, tiny_folder, monkeypatch):
     request = asked(eval_file=rows, model=tiny_folder)
     expected = evaluate.evaluate(request).scores["base"]
     really, sizes = evaluate.hidden_states, []

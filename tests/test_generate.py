@@ -28,10 +28,8 @@ GREEDY = Sampling(max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
-def speaker(request):
-    """The demo model in fp32; where it is being built anew (or has not been), a test of it cannot run."""
-    if not (demo.DEMO_DIR / "model.safetensors").exists():
-        pytest.skip("the demo model is not there: python -m minilora.demo.build")
+def speaker():
+    """The demo model in fp32."""
     return generate.load_speaker(
         str(demo.DEMO_DIR), None, dtype="float32", device="cpu", system_prompt="你是一个AI助手"
     )
@@ -253,8 +251,9 @@ def test_a_file_of_prompts_comes_back_with_answers(tiny, tiny_folder, tmp_path, 
     assert turns[0][0].content == "red\nstone"
     assert turns[3][0].content == "a\u2028b"
     for turns_of, text in zip(turns, lines, strict=True):
-        assert json.loads(text)["answer"] == answer(tiny, [turns_of], Sampling(max_new_tokens=6))[0]
-    assert reply
+        reply = json.loads(text)["answer"]
+        assert reply
+        assert reply == answer(tiny, [turns_of], Sampling(max_new_tokens=6))[0]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

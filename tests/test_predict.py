@@ -92,12 +92,12 @@ def test_a_real_step_holds_what_was_predicted(make_config, method):
     assert 2 * weights <= found.optimizer <= 2 * weights + 4 * 200  # and a step counter for each
 
 
-def test_what_a_fat_copy_would_cost_is_seen(make_setup_of_tiny, monkeypatch):
+def test_what_a_fat_copy_would_cost_is_seen(setup_of_tiny, monkeypatch):
     """A planted bug: an fp32 copy of every layer's input, kept for backward."""
     from minilora import lora
 
     batch = collate(random_examples([60, 60]))
-    lean = step_memory(make_setup_of_tiny, batch, 2)
+    lean = step_memory(setup_of_tiny, batch, 2)
     original = lora.LoRALinear.forward
 
     def fat(self, x):
@@ -105,11 +105,11 @@ def test_what_a_fat_copy_would_cost_is_seen(make_setup_of_tiny, monkeypatch):
         return original(self, x)
 
     monkeypatch.setattr(lora.LoRALinear, "forward", fat)
-    assert step_memory(make_setup_of_tiny, batch, 2).saved > lean.saved + 118 * 64 * 4
+    assert step_memory(setup_of_tiny, batch, 2).saved > lean.saved + 118 * 64 * 4
 
 
 @pytest.fixture
-def make_setup_of_tiny(tiny_folder):
+def setup_of_tiny(tiny_folder):
     return make_setup(tiny_folder, dtype=torch.bfloat16)
 
 
