@@ -3,16 +3,19 @@
 import copy
 import functools
 import gc
+import itertools
 import json
 import os
 import shutil
 import tempfile
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import worlds
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -163,6 +166,32 @@ def start(make_config):
         yield lambda **keys: prepare(make_config(**keys), StopRequest(), held)
 
 
+@pytest.fixture
+def start_world(tmp_path):
+    """A function: work(rank) in so many forked processes that find each other; returns them (`worlds.Child`)."""
+    children, numbers = [], itertools.count(1)
+
+    def start(size, work):
+        children.extend(worlds.start(size, work, tmp_path, next(numbers)))
+        return children[-size:]
+
+    yield start
+    for child in children:
+        child.kill()
+
+
+@pytest.fixture
+def world(start_world):
+    """A function: work(rank) in so many processes; returns (exit code, what it returned) of each, in time."""
+
+    def ended(size, work):
+        children = start_world(size, work)
+        until = time.monotonic() + worlds.LIMIT_S
+        return [child.end(until) for child in children]
+
+    return ended
+
+
 def trained(module) -> dict[str, torch.nn.Parameter]:
     """What is trained of a model, by name."""
     return {name: param for name, param in module.named_parameters() if param.requires_grad}
@@ -200,6 +229,17 @@ IDS = torch.from_numpy(random_examples([40])[0].input_ids[None]).long()
 def logits(module) -> torch.Tensor:
     """What a model makes of the same 40 tokens, answering. (1, 40, vocabulary)"""
     return module.eval()(IDS).logits
+
+
+def lines(folder) -> tuple[list[dict], list[dict]]:
+    """metrics.jsonl as (training lines, evaluation lines)."""
+    records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in records if "eval_loss" not in r], [r for r in records if "eval_loss" in r]
+
+
+def flat(tensors) -> torch.Tensor:
+    """Named tensors end to end, in the order of their names."""
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
 def randomize_lora(module, seed: int = 1, std: float = 0.2) -> None:

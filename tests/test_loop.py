@@ -17,6 +17,7 @@ from conftest import (
     bare_runs,
     first_step,
     gradients_of,
+    lines,
     randomize_lora,
     relative_error,
     small_config,
@@ -49,12 +50,6 @@ def same_gradients(found, expected, tolerance=1e-5):
     for name, grad in expected.items():
         assert grad.norm() > 0, name
         assert relative_error(found[name], grad) < tolerance, name
-
-
-def lines(folder):
-    """metrics.jsonl as (training lines, evaluation lines)."""
-    records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [r for r in records if "eval_loss" not in r], [r for r in records if "eval_loss" in r]
 
 
 # ---------------------------------------------------------------------------------------- the gradient of a step
