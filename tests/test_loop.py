@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conftest import (
     bare_runs,
     first_step,
+    flat,
     gradients_of,
     lines,
     randomize_lora,
@@ -109,10 +110,6 @@ def test_the_gradient_is_that_of_the_plain_formula(start, load_tiny, method, sha
 
 def test_bf16_gradients_are_as_exact_as_the_plain_ones(start, load_tiny, tmp_path, monkeypatch):
     """Both against the gradient in fp32: the plain path is Hugging Face's logits and loss under autocast."""
-
-    def flat(grads):
-        return torch.cat([grads[name].flatten() for name in sorted(grads)])
-
     found = {}
     for dtype in ("float32", "bfloat16"):
         run = start(dtype=dtype, output_dir=str(tmp_path / dtype))
