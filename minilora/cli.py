@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minilora import __version__
-from minilora.config import FIELDS, TYPES, TrainConfig, choices, nearest, read_source, resolve
+from minilora.config import FIELDS, TYPES, TrainConfig, choices, nearest, presets, read_source, resolve
 from minilora.errors import ConfigError, MiniloraError, printable
 
 PROG = "minilora"
@@ -65,7 +65,7 @@ def run_parser(verb: str, description: str) -> Parser:
     """The flags that say what a run is: one for each field of TrainConfig."""
     parser = Parser(f"{PROG} {verb}", description)
     parser.add_argument(
-        "source", nargs="?", metavar="PRESET | FILE.toml", help="lora, quick, qlora, full, demo, or a TOML file of keys"
+        "source", nargs="?", metavar="PRESET | FILE.toml", help=f"{', '.join(presets())}, or a TOML file of keys"
     )
     for name in FIELDS:
         add_key(parser, name)

@@ -273,14 +273,17 @@ def _limits_of(values: dict[str, Any]) -> list[str]:
     return []
 
 
+def presets() -> dict[str, Path]:
+    """The presets by name."""
+    return {path.stem: path for path in sorted(PRESET_DIR.glob("*.toml"))}
+
+
 def read_source(source: str) -> dict[str, Any]:
     """The keys of a preset (lora, full, demo, ...) or of a TOML file."""
-    presets = {path.stem: path for path in sorted(PRESET_DIR.glob("*.toml"))}
-    path = Path(source) if source.endswith(".toml") else presets.get(source)
+    known = presets()
+    path = Path(source) if source.endswith(".toml") else known.get(source)
     if path is None:
-        raise ConfigError(
-            f"{source!r} is no preset ({', '.join(presets)}) and no .toml file.{nearest(source, presets)}"
-        )
+        raise ConfigError(f"{source!r} is no preset ({', '.join(known)}) and no .toml file.{nearest(source, known)}")
     try:
         if not path.is_file():
             raise ConfigError(f"{path}: cannot be read: {'not a regular file' if path.exists() else 'no such file'}.")

@@ -92,8 +92,8 @@ def test_the_numbers_are_those_of_plain_transformers(rows, tuned, load_tiny, tmp
 
 
 def test_the_token_budget_is_that_of_a_run(make_config, rows, monkeypatch):
-    """`eval` once had one of its own."""
-    config = make_config(eval_file=str(rows), max_tokens_per_micro_batch=0)
+    """`eval` once had one of its own; the room for a shared prefix, a run's own, comes to it."""
+    config = make_config(eval_file=str(rows), max_tokens_per_micro_batch=0, share_prefix="off")
     with StopRequest() as stop, ExitStack() as held:
         expected = run.prepare(config, stop, held).state.max_tokens
     really, budgets = evaluate.micro_batches, set()
