@@ -89,7 +89,10 @@ class Identity:
             changed.append(f"examples a step: were {was_taken}, are {is_taken}{_how_to_take(were, self)}")
         for key, words in (("base_fingerprint", "the base model"), ("dataset_sha256", "the training data")):
             if saved.get(key) != getattr(self, key):
-                was, now = (f"{str(value)[:12]}…" for value in (saved.get(key), getattr(self, key)))
+                before_it, now_it = str(saved.get(key)), str(getattr(self, key))
+                starts = range(0, max(len(before_it), len(now_it)), 64)  # of several files: the first one that differs
+                at = next(start for start in starts if before_it[start : start + 64] != now_it[start : start + 64])
+                was, now = (f"{value[at : at + 12] or 'none'}…" for value in (before_it, now_it))
                 changed.append(f"{words} has changed: fingerprint was {was}, is now {now}")
         return changed
 

@@ -23,9 +23,8 @@ SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = 120
 PRESET_DIR = Path(__file__).parent / "presets"
 PATHS = ("model", "train_file", "eval_file", "output_dir", "resume", "adapter")
-LORA_ONLY = (
-    *("lora_r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights"),
-    *("loraplus_lr_ratio", "adapter", "load_in_4bit", "load_in_8bit"),
+LORA_ONLY = (  # refused with method full; r, alpha, dropout and targets, which presets set, are not looked at
+    *("use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio", "adapter", "load_in_4bit", "load_in_8bit"),
 )
 TARGET_GROUPS = {
     "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -164,7 +163,8 @@ def problems(config: TrainConfig) -> list[str]:
             if path is not None and (not path.strip() or "\0" in path):
                 found.append(f"{name} = {path!r} names nothing: {FIELDS[name].metadata['help']}.")
     files, weights = config.train_files, config.train_weights
-    if twice := [path for path in dict.fromkeys(files) if files.count(path) > 1]:
+    places = [os.path.abspath(os.path.expanduser(path)) for path in files]
+    if twice := [path for path, place in zip(files, places, strict=True) if places.count(place) > 1]:
         found.append(f"train_file names {twice[0]} twice: give it a weight of 2, see train_weights.")
     if weights and len(weights) != len(files):
         found.append(f"train_weights has {len(weights)} numbers, train_file {len(files)} names: give one for each.")
@@ -182,7 +182,7 @@ def problems(config: TrainConfig) -> list[str]:
     if config.fsdp and config.method == "full" and config.neftune_noise_alpha:
         found.append("neftune_noise_alpha and fsdp with method = full: the embedding is in parts; leave one out.")
     if config.max_tokens_per_micro_batch and not config.packing:
-        found.append("max_tokens_per_micro_batch needs packing: without it each example goes alone.")
+        found.append("max_tokens_per_micro_batch needs packing: without it each example goes alone. Set it to 0.")
     if not config.target_modules:
         found.append("target_modules is empty: name linear layers, or attn | mlp | all.")
     return found
@@ -192,8 +192,7 @@ def flavour_problems(config: TrainConfig) -> list[str]:
     """Flavours of LoRA that do not go with the rest, one line each."""
     found = []
     if config.method == "full":
-        names = LORA_ONLY if config.adapter is None else ("adapter",)  # which brings its own r, alpha, ...
-        given = [name for name in names if getattr(config, name) != FIELDS[name].default]
+        given = [name for name in LORA_ONLY if getattr(config, name) != FIELDS[name].default]
         found += [f"{name} = {getattr(config, name)!r} needs method = lora: full has no adapter." for name in given]
     if config.load_in_4bit and config.load_in_8bit:
         found.append("load_in_4bit and load_in_8bit are two forms of one base: give one of them.")
@@ -283,7 +282,10 @@ def read_source(source: str) -> dict[str, Any]:
     known = presets()
     path = Path(source) if source.endswith(".toml") else known.get(source)
     if path is None:
-        raise ConfigError(f"{source!r} is no preset ({', '.join(known)}) and no .toml file.{nearest(source, known)}")
+        raise ConfigError(
+            f"{source!r} is no preset ({', '.join(known)}) and no .toml file.{nearest(source, known)}"
+            + " Several files: --train_file a.jsonl,b.jsonl, a pattern in quotes." * (".jsonl" in source)
+        )
     try:
         if not path.is_file():
             raise ConfigError(f"{path}: cannot be read: {'not a regular file' if path.exists() else 'no such file'}.")
@@ -292,6 +294,8 @@ def read_source(source: str) -> dict[str, Any]:
         if len(content) > MAX_TOML_BYTES:
             raise ConfigError(f"{path}: larger than {MAX_TOML_BYTES:,} bytes.")
         values = tomllib.loads(content.decode("utf-8-sig"))  # some editors begin a file with a byte order mark
+    except ConfigError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def evaluate(request: Request) -> Evaluation:
 
     The file is read, and the merged folder looked for, before a model is loaded.
     """
-    rows, report = read_rows(request.eval_file)
+    rows, report = read_rows(os.path.expanduser(request.eval_file))
     rows = rows[: request.max_rows or None]
     merged = find_model(request.merged) if request.merged else None
     speaker = _speaker(request)

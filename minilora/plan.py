@@ -51,7 +51,9 @@ class Place:
 def plan(config: TrainConfig, card: str | None) -> None:
     """Print what a run of these settings needs. Raises ConfigError, DataError or ModelError for what it cannot read."""
     if config.base_bits:
-        raise ConfigError(f"plan cannot predict a base in {config.base_bits} bits: leave that key out.")
+        raise ConfigError(
+            f"plan cannot predict a base in {config.base_bits} bits: --load_in_{config.base_bits}bit false."
+        )
     if config.fsdp:
         raise ConfigError("plan predicts one device, and fsdp has several: leave that key out; see docs/scaling.md.")
     place = on_card(config, card) if card else here(config)

@@ -5,6 +5,7 @@ import gc
 import os
 import reprlib
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -87,13 +88,15 @@ class Run:
     def resume_command(self) -> str:
         """The command that goes on with this run, on this machine; of several, torchrun tells each its own."""
         told, start = os.environ, ["python"]
+        started = Path(sys.argv[0])  # a clone's train.py, or the module of an installed package
+        program = [str(started.absolute())] if started.name == "train.py" else ["-m", "minilora", "train"]
         if self.world.size > 1:
             start = ["torchrun"]
             if told.get("GROUP_WORLD_SIZE", "1") != "1":
                 start += ["--nnodes", told["GROUP_WORLD_SIZE"], "--node-rank", told.get("GROUP_RANK", "0")]
                 start += ["--master-addr", told["MASTER_ADDR"], "--master-port", told["MASTER_PORT"]]
             start += ["--nproc-per-node", told.get("LOCAL_WORLD_SIZE", str(self.world.size))]
-        return shlex.join([*start, "-m", "minilora", "train", "--resume", str(self.folder)])
+        return shlex.join([*start, *program, "--resume", str(self.folder.absolute())])
 
     def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """The micro-batches that this process takes of the examples of a step, on its device."""

@@ -421,9 +421,9 @@ def stop_and_resume(number, after, environment, tmp_path, uninterrupted):
     assert "\x1b" not in said + error  # no terminal, no escape codes
     assert "⟦" in said  # supervised tokens are marked without colour
 
-    program, flag, package, *argv = shlex.split(message[2])
-    assert (program, flag, package) == ("python", "-m", "minilora")
-    assert cli.main(argv) == 0
+    program, script, *argv = shlex.split(message[2])
+    assert (program, script) == ("python", str(ROOT / "train.py"))  # as it was started, from any folder
+    assert cli.main(["train", *argv]) == 0
     assert (run / ADAPTER).read_bytes() == uninterrupted
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))

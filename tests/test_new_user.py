@@ -337,6 +337,24 @@ def test_hashes_in_the_message_about_changed_data_are_short(four_steps, tmp_path
     )
 
 
+def test_an_evaluation_file_that_is_missing_is_seen_in_the_message(make_config, tmp_path):
+    """Its hash stands behind that of the rows, and once was cut off: "fingerprint was X, is now X"."""
+    config = make_config(eval_file=str(write_jsonl(tmp_path / "held_out.jsonl", 4)), max_steps=1)
+    loop.train(config)
+    with pytest.raises(CheckpointError, match=r"fingerprint was [0-9a-f]{12}…, is now none…"):
+        loop.train(dataclasses.replace(config, eval_file=None, resume="auto", max_steps=2))
+
+
+def test_one_file_by_two_names_is_one_file():
+    """It once trained, and could not go on: config.json has absolute paths, and there it was named twice."""
+    with pytest.raises(ConfigError, match=r"names a\.jsonl twice"):
+        resolve("lora", {"train_file": "a.jsonl,./a.jsonl"})
+
+
+def test_a_shell_that_spread_a_pattern_is_explained(capsys):
+    assert "a pattern in quotes" in mistake(capsys, "train", "--train_file", "a.jsonl", "b.jsonl")
+
+
 def test_two_starts_at_once_take_two_folders(flags, make_config, tmp_path, monkeypatch):
     """Both once chose the same free name before either had locked it, and one of them was refused."""
     monkeypatch.chdir(tmp_path)
