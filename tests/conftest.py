@@ -145,10 +145,10 @@ def small_config(base: Path, folder: Path, **keys) -> TrainConfig:
         "num_train_epochs": 1,
         "learning_rate": 1e-2,
         "max_grad_norm": 1.0,
+        "lora_dropout": 0.0,
         "dtype": "float32",
         "device": "cpu",
     }
-    small |= {} if keys.get("method") == "full" else {"lora_dropout": 0.0}
     small |= {} if keys.get("packing") is False else {"max_tokens_per_micro_batch": 96}
     return TrainConfig(**(small | keys))
 

@@ -70,23 +70,16 @@ def no_model(monkeypatch):
 # --------------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("verb", ["", "train"])
+@pytest.mark.parametrize("verb", ["", *cli.VERBS])
 def test_help_comes_within_a_second(verb, shell):
-    """In seconds of the processor, which a busy machine does not lengthen."""
-    before = os.times()
-    done = shell([*MODULE, *([verb] if verb else []), "--help"])
-    after = os.times()
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: minilora {verb or 'VERB'}")
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 1
-
-
-@pytest.mark.parametrize("verb", cli.VERBS)
-def test_each_verb_has_its_help(verb, capsys):
-    with pytest.raises(SystemExit) as left:
-        cli.main([verb, "--help"])
-    assert left.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: minilora {verb} ")
+    seconds = []
+    while len(seconds) < 4 and min(seconds, default=9) > 1:  # a busy machine may need a second try
+        started = time.perf_counter()
+        done = shell([*MODULE, *([verb] if verb else []), "--help"])
+        seconds.append(time.perf_counter() - started)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"usage: minilora {verb or 'VERB'}")
+    assert min(seconds) < 1
 
 
 def test_help_of_train_py_is_that_of_train(shell):
@@ -429,20 +422,15 @@ def stop_and_resume(number, after, environment, tmp_path, uninterrupted):
     assert [record["step"] for record in records if "loss" in record] == list(range(1, STEPS + 1))
 
 
-@pytest.fixture
-def silent(monkeypatch):
-    monkeypatch.setattr("minilora.output.sample_answers", lambda speaker: [""] * 3)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(number, environment, tmp_path, uninterrupted, silent):
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(number, environment, tmp_path, uninterrupted, mute):
     """130 or 143, the command to go on with, and in the end the same adapter, to the byte."""
     stop_and_resume(number, 3, environment, tmp_path, uninterrupted)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(10))
-def test_stopped_anywhere(seed, environment, tmp_path, uninterrupted, silent):
+def test_stopped_anywhere(seed, environment, tmp_path, uninterrupted, mute):
     rng = random.Random(seed)
     number = rng.choice([signal.SIGINT, signal.SIGTERM])
     stop_and_resume(number, rng.randrange(1, STEPS - 1), environment, tmp_path, uninterrupted)

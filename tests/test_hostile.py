@@ -61,7 +61,7 @@ def attempt(work, kinds=(MiniloraError,)) -> tuple[Exception | None, list[str]]:
     return error, wrong
 
 
-def guarded(work, seconds=20) -> dict:
+def guarded(work, seconds=2) -> dict:
     """work() in a child that is ended when it hangs and cannot take much memory: {"error", "kinds"}."""
 
     def limited():

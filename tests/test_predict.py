@@ -234,8 +234,7 @@ MEASURED = [
 ]
 
 
-@pytest.mark.parametrize("settings", [MEASURED[:4], pytest.param(MEASURED, marks=pytest.mark.soak)], ids=["few", "all"])
-def test_resident_memory_is_predicted_within_15_percent(tmp_path, settings):
+def test_resident_memory_is_predicted_within_15_percent(tmp_path):
     """The demo's model on rows of 820 tokens, so that activations, not the interpreter, make the difference."""
     rows = tmp_path / "rows.jsonl"
     words = " ".join(["red", "blue", "stone", "river"] * 150)
@@ -244,15 +243,15 @@ def test_resident_memory_is_predicted_within_15_percent(tmp_path, settings):
     common = {"model": str(demo.DEMO_DIR), "train_file": str(rows), "eval_file": None, "device": "cpu", "max_steps": 2}
     common |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "dtype": "bfloat16"}
     done = subprocess.run(
-        [sys.executable, "-c", FORKS, json.dumps([common | keys for keys in settings])],
+        [sys.executable, "-c", FORKS, json.dumps([common | keys for keys in MEASURED])],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     found = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert [number for number, _, _ in found] == list(range(len(settings))), done.stderr[-2000:]
-    ratios = {str(settings[number]): peak / predicted for number, predicted, peak in found}
+    assert [number for number, _, _ in found] == list(range(len(MEASURED))), done.stderr[-2000:]
+    ratios = {str(MEASURED[number]): peak / predicted for number, predicted, peak in found}
     assert all(abs(ratio - 1) <= 0.15 for ratio in ratios.values()), ratios
     smallest, largest = min(peak for _, _, peak in found), max(peak for _, _, peak in found)
     assert largest > 1.2 * smallest, "or there was nothing to predict"

@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import weakref
 from collections import Counter
 from contextlib import ExitStack
@@ -19,7 +17,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from worlds import lines_so_far, spoilt
+from worlds import spoilt, told_to_stop
 
 from benchmarks import scaling
 from minilora import checkpoint, dist, loop, run
@@ -173,15 +171,10 @@ def test_shards_for_which_memory_runs_out_end_with_code_4(make_config, world):
 
 def test_a_signal_to_one_process_of_shards_stops_all(make_config, world):
     config = make_config(gradient_accumulation_steps=1, fsdp=True, max_tokens_per_micro_batch=40)
-    real = loop.token_loss
 
     def work(rank):
-        def token_loss(*args):
-            if rank == 1 and len(lines_so_far(config)) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(*args)
-
-        loop.token_loss = token_loss
+        if rank == 1:
+            loop.token_loss = told_to_stop(config)
         return loop.train(config).steps
 
     ended = world(2, work)
@@ -302,7 +295,7 @@ def memory_of_shards(make_config, world, tmp_path, folder, size=2, words=40, **k
     rows, row = tmp_path / "rows.jsonl", {"instruction": "red " * (words // 4), "output": "stone " * words}
     rows.write_text("".join(json.dumps(row) + "\n" for _ in range(2 * size)))
     keys |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_tokens_per_micro_batch": 1}
-    keys |= {} if keys.get("method") == "full" else {"target_modules": TARGET_GROUPS["all"], "lora_dropout": 0.05}
+    keys |= {"target_modules": TARGET_GROUPS["all"], "lora_dropout": 0.05}
     config = make_config(model=str(folder), train_file=str(rows), fsdp=True, **keys)
 
     def work(rank):

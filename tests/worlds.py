@@ -107,6 +107,13 @@ def spoilt(calls_of, how, real=loop.token_loss):
     return token_loss
 
 
-def lines_so_far(config):
-    path = Path(config.output_dir) / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
+def told_to_stop(config, real=loop.token_loss):
+    """token_loss that sends this process SIGTERM once the run has logged two lines."""
+    log = Path(config.output_dir) / "metrics.jsonl"
+
+    def token_loss(*args):
+        if log.exists() and len(log.read_text().splitlines()) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    return token_loss
