@@ -19,22 +19,26 @@ BLOCK_ROWS = 96  # most queries computed together on the CPU: their scores stay 
 
 
 class Layout(NamedTuple):
-    """How examples lie end to end along T = prefix + sum(lengths).
+    """How examples lie end to end along T = prefix + sum(lengths) + padding.
 
     prefix: tokens at the start that all examples begin with, there once; 0 when nothing is shared
     lengths: the tokens of each example after the prefix
+    padding: tokens at the end that belong to no example; they see only each other
     """
 
     lengths: tuple[int, ...]
     prefix: int = 0
+    padding: int = 0
 
     def parts(self) -> Iterator[tuple[slice, bool]]:
-        """(its tokens, whether it also sees the prefix) of the prefix itself and of each example."""
+        """(its tokens, whether it also sees the prefix) of the prefix itself, of each example and of the padding."""
         if self.prefix:
             yield slice(0, self.prefix), False
-        ends = itertools.accumulate(self.lengths, initial=self.prefix)
+        ends = list(itertools.accumulate(self.lengths, initial=self.prefix))
         for start, end in itertools.pairwise(ends):
             yield slice(start, end), self.prefix > 0
+        if self.padding:
+            yield slice(ends[-1], ends[-1] + self.padding), False
 
 
 def packed_attention(
@@ -59,7 +63,8 @@ def packed_attention(
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(query, key, value, layout, scale), None
     if query.device.type == "cpu":
-        return _PackedAttention.apply(query[0], key[0], value[0], layout, scale)[None], None
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
+        return _PackedAttention.apply(q, k, v, layout, scale)[None], None
     return plain_attention(query, key, value, layout, scale), None
 
 
@@ -76,106 +81,105 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, s
 
 
 class _PackedAttention(torch.autograd.Function):
-    """softmax(scale q k^T) v in blocks of queries, for the CPU; saves its inputs and its output.
+    """softmax(scale q k^T) v in blocks of queries, for the CPU; saves its inputs.
 
-    query: (heads, T, head_dim), key, value: (kv_heads, T, head_dim) -> (T, heads, head_dim). Scores are computed in
-    fp32 from the inputs as they are, probabilities meet the values in the inputs' dtype, as in FlashAttention
-    (arXiv:2205.14135); PyTorch's own bf16 backward on the CPU is two to three times slower on examples of 40 to 300
-    tokens, and less exact (benchmarks/README.md).
+    query: (T, heads, head_dim), key, value: (T, kv_heads, head_dim) -> (T, heads, head_dim). All products are in fp32,
+    block by block: on examples of 40 to 400 tokens that is faster than bf16 (PyTorch's own bf16 backward takes two to
+    three times as long), more exact, and oneDNN keeps no product of each new shape (benchmarks/README.md).
     """
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # it would take the scores to bf16
+    @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # it would take the products to bf16
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-        heads, tokens, dim = query.shape
-        out = query.new_empty(tokens, heads, dim)
-        y = _grouped(out.transpose(0, 1), len(key))
+        out = query.new_empty(query.shape)
         for block in _Blocks(query, key, value, layout, scale):
-            p = block.probabilities().to(query.dtype)
-            y[:, :, block.queries] = torch.bmm(p, block.value).unflatten(1, (-1, block.rows))
-        ctx.save_for_backward(query, key, value, out)
+            block.put(torch.bmm(block.probabilities(), block.value), out)
+        ctx.save_for_backward(query, key, value)
         ctx.layout, ctx.scale = layout, scale
         return out
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out = ctx.saved_tensors
-        prefix, groups = ctx.layout.prefix, len(key)
+        (dy,), (query, key, value) = grad_outputs, ctx.saved_tensors
         blocks = _Blocks(query, key, value, ctx.layout, ctx.scale)
-        dy, y = (_grouped(tensor.transpose(0, 1), groups) for tensor in (grad_outputs[0], out))
-        inner = (dy.to(blocks.wide) * y).sum(-1, keepdim=True)  # of dp and p, row by row: (kv_heads, shared, T, 1)
-        d_query = torch.empty_like(query)
-        d_q = _grouped(d_query, groups)
-        d_key, d_value = torch.zeros_like(key, dtype=blocks.wide), torch.zeros_like(value, dtype=blocks.wide)
+        d_query = query.new_empty(query.shape)
+        d_keys, d_values = torch.zeros_like(blocks.keys), torch.zeros_like(blocks.values)
         for block in blocks:
-            dy_block = dy[:, :, block.queries].flatten(1, 2)
-            p = block.probabilities()
-            d_v = torch.bmm(p.to(query.dtype).transpose(1, 2), dy_block)
-            d_p = torch.bmm(dy_block.to(blocks.wide), block.wide_value.transpose(1, 2))
-            d_scores = d_p.sub_(inner[:, :, block.queries].flatten(1, 2)).mul_(p).to(query.dtype)
-            d_q[:, :, block.queries] = torch.bmm(d_scores, block.key).unflatten(1, (-1, block.rows))
-            d_k = torch.bmm(d_scores.transpose(1, 2), block.query.flatten(1, 2))
-            for gradient, part in ((d_key, d_k), (d_value, d_v)):
-                if block.sees_prefix:
-                    gradient[:, :prefix] += part[:, :prefix]
-                gradient[:, block.own] += part[:, prefix * block.sees_prefix :]
-        return d_query.mul_(ctx.scale), d_key.mul_(ctx.scale).to(key.dtype), d_value.to(value.dtype), None, None
-
-
-def _grouped(x: Tensor, groups: int) -> Tensor:
-    """The heads by the key they share. (heads, T, head_dim) -> (kv_heads, shared, T, head_dim)"""
-    return x.unflatten(0, (groups, -1))
+            dy_block, p = block.take(dy), block.probabilities()
+            d_values[:, block.seen] += torch.bmm(p.transpose(1, 2), dy_block)
+            d_p = torch.bmm(dy_block, block.value.transpose(1, 2))
+            d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
+            block.put(torch.bmm(d_scores, block.key).mul_(ctx.scale), d_query)
+            d_keys[:, block.seen] += torch.bmm(d_scores.transpose(1, 2), block.query)  # which is scaled
+        d_key, d_value = blocks.to_tokens(d_keys), blocks.to_tokens(d_values)
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), None, None
 
 
 class _Block(NamedTuple):
-    """Some queries of one example, and the keys and values that the last of them sees; what is `wide` is fp32."""
+    """Some queries of one example, and the keys and values that the last of them sees, in fp32.
 
-    queries: slice
-    own: slice  # the example's own tokens among the keys
-    sees_prefix: bool
-    query: Tensor  # (kv_heads, shared, rows, head_dim)
-    wide_query: Tensor  # the same, scaled
+    Query heads that share a key head stand together: a block has (kv_heads, queries * shared, head_dim) rows.
+    """
+
+    queries: slice  # their tokens
+    seen: slice  # the keys' places in `_key_order`
+    ahead: Tensor  # (queries, queries): -inf where a key comes after the query, else 0
+    query: Tensor  # (kv_heads, queries * shared, head_dim), scaled
     key: Tensor  # (kv_heads, keys, head_dim)
     value: Tensor
-    wide_key: Tensor
-    wide_value: Tensor
 
-    @property
-    def rows(self) -> int:
-        """How many queries there are."""
-        return self.query.shape[2]
+    def take(self, x: Tensor) -> Tensor:
+        """The block's rows of a tensor of the query's shape. (T, heads, head_dim) -> that of `query`"""
+        return _rows(x, self.queries, self.key)
+
+    def put(self, rows: Tensor, x: Tensor) -> None:
+        """`take` the other way round: write the block's rows into x."""
+        x.unflatten(1, (len(rows), -1))[self.queries] = rows.unflatten(1, (len(self.ahead), -1)).transpose(0, 1)
 
     def probabilities(self) -> Tensor:
-        """How much each query attends to each key. (kv_heads, shared * rows, keys)"""
-        scores = torch.bmm(self.wide_query.flatten(1, 2), self.wide_key.transpose(1, 2))
-        ahead = torch.full((self.rows, self.rows), -torch.inf, dtype=scores.dtype).triu_(1)
-        scores.unflatten(1, (-1, self.rows))[..., -self.rows :] += ahead
+        """How much each query attends to each key. (kv_heads, queries * shared, keys)"""
+        scores = torch.bmm(self.query, self.key.transpose(1, 2))
+        last = scores.unflatten(1, (len(self.ahead), -1))[..., -len(self.ahead) :]  # all see what comes before them
+        last += self.ahead[:, None]
         return torch.softmax(scores, -1)
 
 
+def _rows(x: Tensor, queries: slice, key: Tensor) -> Tensor:
+    return x.unflatten(1, (len(key), -1))[queries].transpose(0, 1).flatten(1, 2).to(key.dtype)
+
+
 class _Blocks:
-    """The blocks of all examples, one after the other."""
+    """The blocks of all examples, one after the other. keys, values: what each sees, example after example, in fp32."""
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> None:
-        self.wide = torch.promote_types(query.dtype, torch.float32)
-        self._layout, self._query = layout, _grouped(query, len(key))
-        self._wide_query = self._query.to(self.wide) * scale
-        self._keys = (key, value, key.to(self.wide), value.to(self.wide))
+        self._query, self._layout, self._scale, self._tokens = query, layout, scale, len(key)
+        self._order = _key_order(layout, key.device)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        gathered = [x if self._order is None else x.index_select(0, self._order) for x in (key, value)]
+        self.keys, self.values = (
+            x.transpose(0, 1).to(wide).contiguous() for x in gathered
+        )  # (kv_heads, keys, head_dim)
+        self._ahead = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf, dtype=wide).triu_(1)
 
     def __iter__(self) -> Iterator[_Block]:
+        first_seen = 0
         for tokens, sees_prefix in self._layout.parts():
-            prefix = self._layout.prefix if sees_prefix else 0
-            keys = [x[:, tokens] for x in self._keys]
-            if prefix:
-                keys = [torch.cat([x[:, :prefix], own], 1) for x, own in zip(self._keys, keys, strict=True)]
-            length = tokens.stop - tokens.start
-            rows = math.ceil(length / math.ceil(length / BLOCK_ROWS))  # blocks of about one size
-            for start in range(tokens.start, tokens.stop, rows):
-                end = min(start + rows, tokens.stop)
-                queries, seen = slice(start, end), prefix + end - tokens.start
-                pieces = (self._query[:, :, queries], self._wide_query[:, :, queries], *(x[:, :seen] for x in keys))
-                yield _Block(queries, slice(tokens.start, end), sees_prefix, *pieces)
+            length, prefix = tokens.stop - tokens.start, self._layout.prefix * sees_prefix
+            size = math.ceil(length / math.ceil(length / BLOCK_ROWS))  # blocks of about one size
+            for start in range(0, length, size):
+                end = min(start + size, length)
+                queries = slice(tokens.start + start, tokens.start + end)
+                seen = slice(first_seen, first_seen + prefix + end)
+                ahead = self._ahead[: end - start, : end - start]
+                query = _rows(self._query, queries, self.keys) * self._scale
+                yield _Block(queries, seen, ahead, query, self.keys[:, seen], self.values[:, seen])
+            first_seen += prefix + length
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """Sums by the token that stands at each key's place. (kv_heads, keys, head_dim) -> (T, kv_heads, head_dim)"""
+        x = x.transpose(0, 1)
+        return x if self._order is None else x.new_zeros(self._tokens, *x.shape[1:]).index_add_(0, self._order, x)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -186,11 +190,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
-    queries, seen, order = _varlen_layout(layout, query.device)
-    if order is not None:
+    queries, seen = _varlen_layout(layout, query.device)
+    if (order := _key_order(layout, query.device)) is not None:
         k, v = k.index_select(0, order), v.index_select(0, order)
-    longest_q = max(layout.prefix, *layout.lengths)
-    longest_k = max(layout.lengths) + layout.prefix
+    longest_q = max(layout.prefix, layout.padding, *layout.lengths)
+    longest_k = max(layout.prefix + max(layout.lengths), layout.padding)
     causal = (-1, 0)
     out = varlen_attn(q, k, v, queries, seen, longest_q, longest_k, scale=scale, window_size=causal, enable_gqa=True)
     assert isinstance(out, Tensor)
@@ -198,22 +202,25 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
 
 
 @functools.lru_cache(maxsize=2)
-def _varlen_layout(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(where each part's queries begin, where its keys begin, the keys' order or None for their own), once a batch.
-
-    (parts + 1,), (parts + 1,), int32; (keys,), int64
-    """
+def _varlen_layout(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(where each part's queries begin, where its keys begin), once a batch. (parts + 1,), int32, both"""
     parts = list(layout.parts())
     own = [tokens.stop - tokens.start for tokens, _ in parts]
     seen = [length + layout.prefix * sees_prefix for length, (_, sees_prefix) in zip(own, parts, strict=True)]
     offsets = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (own, seen)]
     queries, keys = (tensor.to(device, non_blocking=True) for tensor in offsets)
+    return queries, keys
+
+
+@functools.lru_cache(maxsize=2)
+def _key_order(layout: Layout, device: torch.device) -> Tensor | None:
+    """The tokens that each part sees, [prefix, own], part after part; None where each sees its own. (keys,), int64"""
     if not layout.prefix:
-        return queries, keys, None
+        return None
     prefix = torch.arange(layout.prefix)
-    pieces = [torch.arange(tokens.start, tokens.stop) for tokens, _ in parts]
-    order = [torch.cat([prefix, p]) if sees else p for p, (_, sees) in zip(pieces, parts, strict=True)]
-    return queries, keys, torch.cat(order).to(device, non_blocking=True)
+    own = [(torch.arange(tokens.start, tokens.stop), sees_prefix) for tokens, sees_prefix in layout.parts()]
+    order = [torch.cat([prefix, tokens]) if sees_prefix else tokens for tokens, sees_prefix in own]
+    return torch.cat(order).to(device, non_blocking=True)
 
 
 def no_mask(*_: Any, **__: Any) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 768}  # logits of so many positions exist at a time: 78 MB, 233 MB in bf16 for Qwen
-WIDE_ROWS = {"cpu": 16, "cuda": 256}  # of them in fp32; on the CPU as many as stay in the cache
+WIDE_ROWS = {"cpu": 8, "cuda": 256}  # of them in fp32; on the CPU as many as stay in the cache
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -307,7 +307,8 @@ def embedding_noise(embedded: Tensor, layout: attention.Layout, alpha: float) ->
     once, so its examples share one draw, of the mean of the variances that each would have given it.
     """
     inverse = 1 / (layout.prefix + np.array(layout.lengths))  # 1 / L of each example
-    inverse = np.concatenate([np.full(layout.prefix, inverse.mean()), np.repeat(inverse, layout.lengths)])  # (T,)
+    own = np.repeat(inverse, layout.lengths)
+    inverse = np.concatenate([np.full(layout.prefix, inverse.mean()), own, np.zeros(layout.padding)])  # (T,)
     most = torch.tensor(alpha * np.sqrt(inverse / embedded.shape[-1]), dtype=torch.float32, device=embedded.device)
     noise = torch.empty(embedded.shape, dtype=torch.float32, device=embedded.device).uniform_(-1, 1)
     return noise.mul_(most[:, None]).to(embedded.dtype)

@@ -75,8 +75,8 @@ def plan(config: TrainConfig, card: str | None) -> None:
     say("model", f"{config.model}: {num_layers(base_folder)} layers, matrix products in {dtype}")
     say("rows", about_rows)
     say("setting", f"method {config.method}, micro-batches of up to {choice.max_tokens:,} tokens")
-    count = len(batch.layout.lengths)
-    say("", f"the largest has {batch.input_ids.numel():,} tokens of {count:,} example{'s' * (count != 1)}")
+    count, num_tokens = len(batch.layout.lengths), batch.input_ids.numel() - batch.layout.padding
+    say("", f"the largest has {num_tokens:,} tokens of {count:,} example{'s' * (count != 1)}")
     if choice.checkpointing:
         say("", "activations are computed again in the backward pass")
     say("place", f"{place.name}, {gib(place.usable)} usable")

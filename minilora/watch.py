@@ -119,15 +119,16 @@ def as_on(device_type: str) -> Iterator[None]:
     CUDA tensors cannot even be faked without a CUDA build of torch, so the places that look at the device are named
     here. On the CPU only dropout differs: how many elements it drops is drawn, here it is as many as are expected.
     """
+    caches = {"_varlen_layout": attention._varlen_layout, "_key_order": attention._key_order}
+    own = {name: functools.lru_cache(maxsize=2)(cached.__wrapped__) for name, cached in caches.items()}
     with ExitStack() as held:
+        held.enter_context(patched(attention, **own))  # no fakes in the real ones, and none of theirs here
         if device_type == "cpu":
             held.enter_context(patched(lora, draw_dropped=expected_positions))
         else:
             held.enter_context(patched(lora, draw_dropped=dropped_mask))
             held.enter_context(patched(loss, WIDE_ROWS=dict.fromkeys(loss.WIDE_ROWS, loss.WIDE_ROWS["cuda"])))
             held.enter_context(patched(fast, _row_blocks=one_block, packed_attention=varlen))
-            own_cache = functools.lru_cache(maxsize=2)(attention._varlen_layout.__wrapped__)  # no fakes in the real one
-            held.enter_context(patched(attention, _varlen_layout=own_cache))
         yield
 
 

@@ -25,7 +25,8 @@ def all_hidden(model, examples):
         hidden = model.get_decoder()(
             input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
         ).last_hidden_state[0]
-    return hidden.split(batch.layout.lengths)
+    assert len(hidden) == sum(batch.layout.lengths) + batch.layout.padding
+    return hidden[: sum(batch.layout.lengths)].split(batch.layout.lengths)
 
 
 def test_packed_logits_are_those_of_each_example_alone(load_tiny):
@@ -71,6 +72,24 @@ def test_no_token_sees_a_later_one(load_tiny):
     after = all_hidden(model, [*examples[:2], Example(ids, ids), *examples[3:]])[2]
     assert torch.equal(before[:25], after[:25])
     assert not torch.equal(before[25:], after[25:])
+
+
+def test_nobody_sees_the_padding_and_it_has_no_gradient(load_tiny):
+    """Other tokens there leave loss and gradients of a step as they are, to the bit."""
+    model = load_tiny()
+    inject(model, ["q_proj", "k_proj", "v_proj", "o_proj"], rank=4, alpha=8)
+    randomize_lora(model, std=0.05)
+    batch = collate(random_examples(LENGTHS))
+    assert batch.layout.padding > 0
+    found = []
+    for token in (0, 7):
+        batch.input_ids[0, -batch.layout.padding :] = token
+        model.zero_grad()
+        with packed(model.train()):
+            nats = token_loss(hidden_states(model, batch), head_weight(model), batch.targets)
+        nats.backward()
+        found.append([nats, *(p.grad for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B))])
+    assert all(map(torch.equal, *found))
 
 
 def test_nothing_quadratic_in_the_packed_length_is_made(load_tiny):
@@ -165,7 +184,8 @@ def test_a_packed_bf16_model_on_cuda_equals_each_example_alone(load_tiny):
         hidden = model.get_decoder()(
             input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
         ).last_hidden_state[0]
-    for example, part in zip(examples, hidden.split(batch.layout.lengths), strict=True):
+    own = hidden[: sum(batch.layout.lengths)].split(batch.layout.lengths)
+    for example, part in zip(examples, own, strict=True):
         ids = torch.from_numpy(np.asarray(example.input_ids)[None, :-1]).long().cuda()
         with torch.no_grad():
             alone = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -188,13 +208,14 @@ def attention_results(function, operands, dy):
     return [out, *torch.autograd.grad(out, leaves, dy.to(out.dtype))]
 
 
-@pytest.mark.parametrize("prefix", [0, 1, 70])
-@pytest.mark.parametrize("lengths", [(1,), (5, 1, 9), (64, 130, 3), (65, 200)])
-def test_blocks_of_queries_are_one_masked_softmax(lengths, prefix):
+@pytest.mark.parametrize("prefix", [0, 1, 70, 100])
+@pytest.mark.parametrize(("lengths", "padding"), [((1,), 0), ((5, 1, 9), 7), ((64, 130, 3), 2), ((97, 200), 0)])
+def test_blocks_of_queries_are_one_masked_softmax(lengths, prefix, padding):
     """Forward and all gradients against SDPA with a mask, in fp64; examples and prefix longer than a block too."""
-    layout = Layout(lengths, prefix)
-    operands = qkv(prefix + sum(lengths))
-    dy = torch.randn(1, prefix + sum(lengths), 4, 8, dtype=torch.float64)
+    layout = Layout(lengths, prefix, padding)
+    total = prefix + sum(lengths) + padding
+    operands = qkv(total)
+    dy = torch.randn(1, total, 4, 8, dtype=torch.float64)
     exact = attention_results(lambda q, k, v: plain_attention(q, k, v, layout, 0.3), operands, dy)
     ours = attention_results(lambda q, k, v: packed_attention(None, q, k, v, None, 0.3, layout=layout)[0], operands, dy)
     for theirs, found in zip(exact, ours, strict=True):

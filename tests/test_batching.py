@@ -24,7 +24,7 @@ def test_collate_shifts_by_one_within_each_example():
     """Read off the batch by the definition: at each row the token that follows in the row's own example."""
     examples = random_examples([5, 2, 9, 12])
     batch = collate(examples)
-    assert batch.layout == ((4, 1, 8, 11), 0)
+    assert batch.layout == ((4, 1, 8, 11), 0, 0)
     assert batch.input_ids.shape == batch.position_ids.shape == (1, 24)
     assert {batch.input_ids.dtype, batch.position_ids.dtype, batch.rows.dtype, batch.targets.dtype} == {torch.int64}
     expected, start = [], 0
@@ -43,9 +43,19 @@ def test_the_first_token_is_never_a_target_even_when_supervised():
     """With train_on_prompt all labels are set; the first token of the next example must not follow the last of this."""
     ids = np.arange(10, 16, dtype=np.int32)
     batch = collate([Example(ids[:3], ids[:3]), Example(ids[3:], ids[3:])])
-    assert batch.input_ids.tolist() == [[10, 11, 13, 14]]
+    assert batch.input_ids[0, :4].tolist() == [10, 11, 13, 14]
     assert batch.rows.tolist() == [0, 1, 2, 3]
     assert batch.targets.tolist() == [11, 12, 14, 15]
+
+
+@pytest.mark.parametrize("lengths", [[2], [8], [9], [10], [5, 2, 9, 13]])
+def test_a_batch_is_filled_up_to_a_multiple_of_eight(lengths):
+    batch = collate(random_examples(lengths))
+    total = batch.input_ids.shape[1]
+    assert total % 8 == 0
+    assert total - sum(batch.layout.lengths) == batch.layout.padding < 8
+    assert batch.position_ids.shape == (1, total)
+    assert int(batch.rows.max()) < total - batch.layout.padding
 
 
 def test_a_batch_moves_as_a_whole():
@@ -110,7 +120,8 @@ def test_micro_batches_compute_no_more_than_the_budget(rows, budget, share):
     batches = list(micro_batches(examples, budget, share))
     assert sum(len(batch.layout.lengths) for batch in batches) == len(examples)
     for batch in batches:
-        assert batch.input_ids.numel() <= budget or len(batch.layout.lengths) == 1
+        computed = batch.input_ids.numel() - batch.layout.padding
+        assert computed <= budget or len(batch.layout.lengths) == 1
 
 
 def test_rows_with_a_long_prefix_share_it():
