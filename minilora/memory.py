@@ -12,8 +12,8 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _malloc_trim, _mallopt = getattr(_libc, "malloc_trim", None), getattr(_libc, "mallopt", None)  # glibc only
 M_MMAP_THRESHOLD, MAPPED_FROM_BYTES = -3, 2**20
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # beside the class
-# Each shape of matrix product that oneDNN has met stays with it, 0.6 MiB each; a micro-batch has 20 to 40 of them. Both
-# oneDNN and torch in front of it keep 1,024, by which a run grew for hours (as in github.com/pytorch/pytorch/issues/27971).
+# Of each shape of matrix product that it meets oneDNN keeps 0.6 MiB; a micro-batch has 20 to 40 shapes. It and torch in
+# front of it keep 1,024 of them, by which a run grew for an hour (as in github.com/pytorch/pytorch/issues/27971).
 PRODUCTS_KEPT = 48
 PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -67,7 +67,7 @@ def free_cached(device: torch.device) -> None:
 
 
 def trim_heap(device: torch.device) -> None:
-    """Give a CPU's freed blocks back to the system: glibc keeps what lies between live ones, and the peak creeps up."""
+    """Give a CPU's freed blocks back to the system: glibc keeps what lies between live ones."""
     if device.type == "cpu" and _malloc_trim is not None:
         _malloc_trim(0)
 

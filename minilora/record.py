@@ -20,7 +20,6 @@ from minilora.run import Run
 
 MAX_SKIPPED_IN_A_ROW = 3
 SAMPLES_AT_ONCE = 8
-TRIM_EVERY_S = 10  # a trim takes about 0.1 s
 
 
 def record_step(
@@ -34,9 +33,6 @@ def record_step(
     state.seconds += seconds
     state.last_loss = loss if math.isfinite(loss) else state.last_loss
     state.first_loss = state.last_loss if state.first_loss is None else state.first_loss
-    if time.monotonic() - run.trimmed_at > TRIM_EVERY_S:
-        trim_heap(run.device)
-        run.trimmed_at = time.monotonic()
     return {
         "step": state.step,
         "epoch": state.step / run.schedule.steps_per_epoch,

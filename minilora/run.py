@@ -73,7 +73,6 @@ class Run:
     predicted_peak_bytes: int | None = None
     saved_step: int = -1  # of the checkpoint that this run has written last or was resumed from; -1: none
     before_skipped: TrainState | None = None  # the state before the first of several skipped steps
-    trimmed_at: float = 0.0  # when the heap's holes were last given back, on the monotonic clock
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 matrix products where the run computes in bf16."""

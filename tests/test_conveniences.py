@@ -526,17 +526,6 @@ def test_what_training_has_freed_is_given_back_before_answers_are_computed(start
     assert len(done) == 2
 
 
-def test_what_steps_have_freed_is_given_back_now_and_then(start, monkeypatch):
-    """The heap of a real 0.5B model had grown from 2.1 to 3.1 GiB in 20 steps; a trim after each would cost time."""
-    done, clock = [], [100.0]
-    monkeypatch.setattr(record, "trim_heap", lambda device: done.append(clock[0]))
-    monkeypatch.setattr(record.time, "monotonic", lambda: clock[0])
-    run = start()
-    for clock[0] in (100.0, 104.0, 109.0, 111.0, 115.0, 130.0):
-        record.record_step(run, 1.0, 1.0, 1e-3, 10, 5, 0.1)
-    assert done == [100.0, 111.0, 130.0]
-
-
 @pytest.mark.parametrize("own", [None, "7"])
 @pytest.mark.parametrize("name", memory.PRODUCT_CACHES)
 def test_few_products_are_kept_unless_told_otherwise(name, own, tiny_folder, monkeypatch):
