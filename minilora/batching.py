@@ -17,7 +17,7 @@ from minilora.attention import Layout
 from minilora.data import IGNORE, Example
 
 TOKENS_MULTIPLE = 8  # bf16 products of an odd number of rows take up to a quarter longer on the CPU
-MICRO_BATCH_TOKENS = {"cpu": 768, "cuda": 16384}  # of a CUDA device: less where that is predicted not to fit
+MICRO_BATCH_TOKENS = {"cpu": 960, "cuda": 16384}  # of a CUDA device: less where that is predicted not to fit
 
 
 @dataclass(frozen=True)
