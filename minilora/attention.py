@@ -106,7 +106,7 @@ class _PackedAttention(torch.autograd.Function):
         d_query = query.new_empty(query.shape)
         d_keys, d_values = torch.zeros_like(blocks.keys), torch.zeros_like(blocks.values)
         for block in blocks:
-            dy_block, p = block.take(dy), block.probabilities()
+            dy_block, p = _rows(dy, block.queries, block.key), block.probabilities()
             d_values[:, block.seen] += torch.bmm(p.transpose(1, 2), dy_block)
             d_p = torch.bmm(dy_block, block.value.transpose(1, 2))
             d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
@@ -129,12 +129,8 @@ class _Block(NamedTuple):
     key: Tensor  # (kv_heads, keys, head_dim)
     value: Tensor
 
-    def take(self, x: Tensor) -> Tensor:
-        """The block's rows of a tensor of the query's shape. (T, heads, head_dim) -> that of `query`"""
-        return _rows(x, self.queries, self.key)
-
     def put(self, rows: Tensor, x: Tensor) -> None:
-        """`take` the other way round: write the block's rows into x."""
+        """`_rows` the other way round: write the block's rows into x."""
         x.unflatten(1, (len(rows), -1))[self.queries] = rows.unflatten(1, (len(self.ahead), -1)).transpose(0, 1)
 
     def probabilities(self) -> Tensor:
@@ -146,20 +142,22 @@ class _Block(NamedTuple):
 
 
 def _rows(x: Tensor, queries: slice, key: Tensor) -> Tensor:
+    """The block's rows of x. (T, heads, head_dim) -> (kv_heads, queries * shared, head_dim), in the key's dtype"""
     return x.unflatten(1, (len(key), -1))[queries].transpose(0, 1).flatten(1, 2).to(key.dtype)
 
 
 class _Blocks:
-    """The blocks of all examples, one after the other. keys, values: what each sees, example after example, in fp32."""
+    """The blocks of all examples, one after the other.
+
+    keys, values: what each example sees, one after the other, in fp32; (kv_heads, keys, head_dim)
+    """
 
     def __init__(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> None:
         self._query, self._layout, self._scale, self._tokens = query, layout, scale, len(key)
         self._order = _key_order(layout, key.device)
         wide = torch.promote_types(query.dtype, torch.float32)
-        gathered = [x if self._order is None else x.index_select(0, self._order) for x in (key, value)]
-        self.keys, self.values = (
-            x.transpose(0, 1).to(wide).contiguous() for x in gathered
-        )  # (kv_heads, keys, head_dim)
+        gathered = (_side_by_side(x, self._order) for x in (key, value))
+        self.keys, self.values = (x.transpose(0, 1).to(wide).contiguous() for x in gathered)
         self._ahead = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf, dtype=wide).triu_(1)
 
     def __iter__(self) -> Iterator[_Block]:
@@ -191,8 +189,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
 
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
     queries, seen = _varlen_layout(layout, query.device)
-    if (order := _key_order(layout, query.device)) is not None:
-        k, v = k.index_select(0, order), v.index_select(0, order)
+    k, v = (_side_by_side(x, _key_order(layout, query.device)) for x in (k, v))
     longest_q = max(layout.prefix, layout.padding, *layout.lengths)
     longest_k = max(layout.prefix + max(layout.lengths), layout.padding)
     causal = (-1, 0)
@@ -221,6 +218,11 @@ def _key_order(layout: Layout, device: torch.device) -> Tensor | None:
     own = [(torch.arange(tokens.start, tokens.stop), sees_prefix) for tokens, sees_prefix in layout.parts()]
     order = [torch.cat([prefix, tokens]) if sees_prefix else tokens for tokens, sees_prefix in own]
     return torch.cat(order).to(device, non_blocking=True)
+
+
+def _side_by_side(x: Tensor, order: Tensor | None) -> Tensor:
+    """Keys or values in `_key_order`. (T, kv_heads, head_dim) -> (keys, kv_heads, head_dim)"""
+    return x if order is None else x.index_select(0, order)
 
 
 def no_mask(*_: Any, **__: Any) -> None:

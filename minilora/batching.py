@@ -16,7 +16,7 @@ import torch
 from minilora.attention import Layout
 from minilora.data import IGNORE, Example
 
-TOKENS_MULTIPLE = 8  # bf16 products of an odd number of rows take up to a quarter longer on the CPU
+TOKENS_MULTIPLE = 8  # of a micro-batch: bf16 products with other numbers of rows take up to a quarter longer on a CPU
 MICRO_BATCH_TOKENS = {"cpu": 960, "cuda": 16384}  # of a CUDA device: less where that is predicted not to fit
 
 

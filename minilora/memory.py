@@ -13,7 +13,7 @@ _malloc_trim, _mallopt = getattr(_libc, "malloc_trim", None), getattr(_libc, "ma
 M_MMAP_THRESHOLD, MAPPED_FROM_BYTES = -3, 2**20
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # beside the class
 # Of each shape of matrix product that it meets oneDNN keeps 0.6 MiB; a micro-batch has 20 to 40 shapes. It and torch in
-# front of it keep 1,024 of them, by which a run grew for an hour (as in github.com/pytorch/pytorch/issues/27971).
+# front of it keep 1,024 of them, by which a run grew step by step (as in github.com/pytorch/pytorch/issues/27971).
 PRODUCTS_KEPT = 48
 PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
