@@ -32,19 +32,18 @@ def prompt_of(tokenizer: Any, tokens: int) -> str:
 
 def budget_of_as_many_rows(tokenizer: Any, prompt: str, args: argparse.Namespace) -> int:
     """The tokens of a micro-batch that holds the rows which meet in one where the prompt is shared."""
-    from minilora.batching import MICRO_BATCH_TOKENS, common_prefix, cut_examples
+    from minilora.batching import cut_examples, default_tokens
     from minilora.config import TrainConfig
     from minilora.data import ChatMarkup, read_rows
     from minilora.dataset import tokenize
     from minilora.model import pick_device
-    from minilora.run import SHARED_PREFIXES
 
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         Path(file.name).write_bytes(first_rows(args.train_file, args.rows))
         rows, report = read_rows(file.name)
     how = {name: getattr(TrainConfig, name) for name in ("max_length", "overlong", "train_on_prompt")}
     dataset = list(tokenize(rows, ChatMarkup(tokenizer), report, system_prompt=prompt, **how))
-    most = MICRO_BATCH_TOKENS[pick_device(args.device).type] + SHARED_PREFIXES * common_prefix(dataset)
+    most = default_tokens(pick_device(args.device).type, dataset, share_prefix=True)
     return max(sum(len(dataset[i].input_ids) - 1 for i in part) for part in cut_examples(dataset, most, True))
 
 

@@ -128,8 +128,11 @@ def read_config(folder: Path) -> AdapterConfig:
     try:
         raw = files.read_json(path)
     except ValueError as error:
-        inside = f" Its adapter is {folder / 'adapter'}." if (folder / "adapter" / CONFIG).is_file() else ""
-        raise AdapterError(f"{folder} is no adapter: {path.name}: {error}.{inside}") from error
+        if (folder / "adapter" / CONFIG).is_file():
+            hint = f" Its adapter is {folder / 'adapter'}."
+        else:
+            hint = " It holds a model: give that as --model." * (folder / "config.json").is_file()
+        raise AdapterError(f"{folder} is no adapter: {path.name}: {error}.{hint}") from error
     wrong = [
         f"{key} = {reprlib.repr(raw[key])} is not supported here (only {allowed[0]!r})"
         for key, allowed in NEUTRAL.items()

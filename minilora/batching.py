@@ -18,6 +18,7 @@ from minilora.data import IGNORE, Example
 
 TOKENS_MULTIPLE = 8  # of a micro-batch: bf16 products with other numbers of rows take up to a quarter longer on a CPU
 MICRO_BATCH_TOKENS = {"cpu": 960, "cuda": 16384}  # of a CUDA device: less where that is predicted not to fit
+SHARED_PREFIXES = 3  # a micro-batch has more room by so many times the tokens that its rows share
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,15 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, share_prefix: bo
     """
     for part in cut_examples(examples, max_tokens, share_prefix):
         yield collate([examples[i] for i in part], share_prefix)
+
+
+def default_tokens(device_type: str, examples: Sequence[Example], share_prefix: bool) -> int:
+    """How many tokens a micro-batch of such examples is given where nothing else is asked.
+
+    The longer a shared prefix is, the more rows must meet at it for it to pay.
+    """
+    shared = common_prefix(examples) if share_prefix else 0
+    return MICRO_BATCH_TOKENS[device_type] + SHARED_PREFIXES * shared
 
 
 def cut_examples(examples: Sequence[Example], max_tokens: int, share_prefix: bool) -> list[list[int]]:

@@ -31,7 +31,7 @@ FREE_KEYS = frozenset(
         *("model", "train_file", "eval_file"),  # their content is compared, not their place
         *("output_dir", "resume", "device", "on_bad_rows", "logging_steps", "eval_steps", "save_steps"),
         *("save_total_limit", "num_train_epochs", "max_steps", "early_stopping_patience", "eval_samples", "report_to"),
-        *("max_tokens_per_micro_batch", "gradient_checkpointing", "packing", "share_prefix", "fsdp"),
+        *("max_tokens_per_micro_batch", "gradient_checkpointing", "packing", "share_prefix", "fsdp", "torch_compile"),
     )
 )
 PER_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product with the processes counts

@@ -312,6 +312,8 @@ def eval_command(argv: Sequence[str]) -> int:
     model_flags(parser)
     parser.add_argument("--eval_file", metavar="F", required=True, help="JSONL, rows as for training")
     parser.add_argument("--merged", metavar="DIR", help="also this model folder, as `merge` writes it")
+    bad = "what happens to lines that are no examples (default: error)"
+    parser.add_argument("--on_bad_rows", choices=choices("on_bad_rows"), default=TrainConfig.on_bad_rows, help=bad)
     parser.add_argument("--max_rows", type=int, default=0, help="only the first so many; 0: all (default: 0)")
     cut = f"tokens of a row, the rest is cut off (default: {TrainConfig.max_length})"
     parser.add_argument("--max_length", type=int, default=TrainConfig.max_length, help=cut)

@@ -99,6 +99,7 @@ class TrainConfig:
     gradient_checkpointing: bool | None = _key(
         None, "recompute activations in the backward pass: slower, smaller; unset: where nothing fits without"
     )
+    torch_compile: bool = _key(False, "run norms, SwiGLU and rotary embedding as kernels of torch.compile")
     fsdp: bool = _key(False, "a part of every layer to each process of torchrun, where the base fits no card (FSDP2)")
     dtype: Literal["auto", "bfloat16", "float32"] = _key(
         "auto", "of the base; auto: bfloat16 where the hardware has it"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora import files
-from minilora.batching import MICRO_BATCH_TOKENS, micro_batches
+from minilora.batching import default_tokens, micro_batches
 from minilora.config import TrainConfig
 from minilora.data import Question, Row, question_of, read_rows
 from minilora.dataset import Dataset, tokenize
@@ -46,6 +46,7 @@ class Evaluation:
     sha256: str
     system_prompt: str
     examples: int
+    bad_rows: int  # lines that are no examples, left out
     truncated: int  # examples cut to max_length
     tokens: int
     supervised_tokens: int
@@ -62,6 +63,7 @@ class Request:
     adapter: str | None = None
     merged: str | None = None
     system_prompt: str | None = None
+    on_bad_rows: str = TrainConfig.on_bad_rows
     max_rows: int = 0
     max_length: int = TrainConfig.max_length
     generate: int = 0
@@ -76,7 +78,7 @@ def evaluate(request: Request) -> Evaluation:
 
     The file is read, and the merged folder looked for, before a model is loaded.
     """
-    rows, report = read_rows(os.path.expanduser(request.eval_file))
+    rows, report = read_rows(os.path.expanduser(request.eval_file), request.on_bad_rows)
     rows = rows[: request.max_rows or None]
     merged = find_model(request.merged) if request.merged else None
     speaker = _speaker(request)
@@ -112,6 +114,7 @@ def evaluate(request: Request) -> Evaluation:
         sha256=report.sha256,
         system_prompt=prompt,
         examples=len(dataset),
+        bad_rows=len(report.bad),
         truncated=report.truncated,
         tokens=int(dataset.lengths.sum()),
         supervised_tokens=int(dataset.counts.sum()),
@@ -138,7 +141,7 @@ def score(model: Any, dataset: Dataset, what: str) -> Scores:
     """
     device = next(model.parameters()).device
     longest = int(max(dataset.lengths)) - 1
-    max_tokens = MICRO_BATCH_TOKENS[device.type]
+    max_tokens = default_tokens(device.type, next(dataset.groups()), share_prefix=device.type == "cpu")
     while True:
         try:
             nats, correct, supervised = _totals(model, dataset, max_tokens, what)
@@ -225,6 +228,7 @@ def table(evaluation: Evaluation) -> str:
     if evaluation.answered:
         columns[f"exact match of {evaluation.answered}"] = lambda scores: f"{100 * (scores.exact_match or 0):.1f} %"
     cut = f", {evaluation.truncated:,} rows cut to --max_length" if evaluation.truncated else ""
+    cut += f", {evaluation.bad_rows:,} bad rows left out" if evaluation.bad_rows else ""
     lines = [f"{evaluation.examples:,} rows, {evaluation.supervised_tokens:,} supervised tokens{cut}"]
     lines.append(" " * 8 + "".join(f"  {head:>14}" for head in columns))
     for name, scores in evaluation.scores.items():

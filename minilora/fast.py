@@ -5,6 +5,8 @@ cache) still goes through the original attention. Each function stands beside th
 the tests compare with bit for bit.
 """
 
+import functools
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -13,16 +15,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.attention import packed_attention
+from minilora.errors import ConfigError, first_line
 from minilora.lora import project
 
-CPU_ROWS = 256  # rows of an elementwise chain computed together, so that what is between them stays in the cache
+Function = Callable[..., Any]
+How = Callable[[Function], Function]  # eager | compiled
 ATTENTIONS = ("Qwen2Attention", "Qwen3Attention", "LlamaAttention")
 NORMS = ("Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm")
 MLPS = ("Qwen2MLP", "Qwen3MLP", "LlamaMLP")
 
 
-def speed_up(model: nn.Module) -> None:
-    """Give every module that is known here its leaner forward; others keep their own."""
+def eager(function: Function) -> Function:
+    """The function as it stands, operation by operation."""
+    return function
+
+
+@functools.cache
+def compiled(function: Function) -> Function:
+    """The function as one kernel, for all numbers of tokens. What lies between its operations is never rounded."""
+    return torch.compile(function, dynamic=True)
+
+
+def speed_up(model: nn.Module, torch_compile: bool = False) -> None:
+    """Give every module that is known here its leaner forward; others keep their own.
+
+    torch_compile: run their elementwise chains as kernels of torch.compile. Raises ConfigError where it cannot.
+    """
+    how = compiled if torch_compile else eager
+    if torch_compile:
+        _try_to_compile(next(model.parameters()).device)
     for module in model.modules():
         kind = type(module).__name__
         if kind in NORMS:
@@ -31,6 +52,16 @@ def speed_up(model: nn.Module) -> None:
             module.forward = MethodType(_mlp_forward, module)
         elif kind in ATTENTIONS:
             module.forward = MethodType(_attention_forward, module)
+        else:
+            continue
+        module.how = how  # type: ignore[assignment]  # no parameter and no module, but nn.Module takes it
+
+
+def _try_to_compile(device: torch.device) -> None:
+    try:
+        compiled(_swiglu)(*torch.ones(2, 8, 8, device=device))
+    except Exception as error:  # no compiler, a broken one, a cache that cannot be written: each its own class
+        raise ConfigError(f"torch_compile: torch cannot compile here ({first_line(error)}). Leave it out.") from error
 
 
 def _is_silu(function: Any) -> bool:
@@ -39,74 +70,67 @@ def _is_silu(function: Any) -> bool:
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
+    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.how)
 
 
 class _RMSNorm(torch.autograd.Function):
     """weight * (x / rms(x)) as Qwen2RMSNorm computes it; saves x and one number a row, nothing in fp32 of x's size."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, hidden)
-        out = torch.empty_like(flat, dtype=torch.promote_types(x.dtype, weight.dtype))
-        rstd = torch.empty(len(flat), 1, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-        for rows in _row_blocks(flat):
-            wide = flat[rows].to(rstd.dtype)
-            rstd[rows] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-            torch.mul((wide * rstd[rows]).to(x.dtype), weight, out=out[rows])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, how: How) -> Tensor:
+        out, rstd = how(_norm)(x, weight, eps)
         ctx.save_for_backward(x, rstd, weight)
-        return out.view_as(x)
+        ctx.how = how
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, rstd, weight = ctx.saved_tensors
-        flat = x.reshape(-1, x.shape[-1])
-        dy = grad_outputs[0].reshape_as(flat)
-        dx = torch.empty_like(flat)
-        d_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for rows in _row_blocks(flat):
-            unit = flat[rows].to(rstd.dtype) * rstd[rows]
-            if d_weight is not None:
-                d_weight += (dy[rows] * unit.to(x.dtype)).sum(0)
-            wide = (dy[rows] * weight).to(rstd.dtype)
-            wide.addcmul_(unit, (wide * unit).mean(-1, keepdim=True), value=-1)
-            torch.mul(wide, rstd[rows], out=wide)
-            dx[rows] = wide
-        return dx.view_as(x), d_weight, None
+        d_x, d_weight = ctx.how(_norm_backward)(*grad_outputs, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        return d_x, d_weight, None, None
 
 
-def _row_blocks(flat: Tensor) -> list[slice]:
-    """All rows at once on CUDA; on the CPU blocks of a size that stays in the cache."""
-    size = CPU_ROWS if flat.device.type == "cpu" else len(flat)
-    return [slice(start, start + size) for start in range(0, len(flat), max(1, size))]
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x: (..., hidden) -> the normed x, (..., hidden), and 1 / rms(x), (..., 1)"""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * rstd).to(x.dtype) * weight, rstd
+
+
+def _norm_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    unit = x * rstd  # in fp32, as rstd is
+    d_weight = (dy * unit.to(x.dtype)).flatten(0, -2).sum(0) if needs_weight else None
+    wide = (dy * weight).to(rstd.dtype)
+    wide = wide.addcmul(unit, (wide * unit).mean(-1, keepdim=True), value=-1)
+    return wide.mul_(rstd).to(x.dtype), d_weight
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(_SwiGLU.apply(*project(x, (self.gate_proj, self.up_proj))))
+    return self.down_proj(_SwiGLU.apply(*project(x, (self.gate_proj, self.up_proj)), self.how))
 
 
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up (arXiv:2002.05202); saves only its two inputs."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, how: How) -> Tensor:
         ctx.save_for_backward(gate, up)
-        flat_gate, flat_up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
-        out = torch.empty_like(flat_gate)
-        for rows in _row_blocks(flat_gate):
-            torch.mul(F.silu(flat_gate[rows]), flat_up[rows], out=out[rows])
-        return out.view_as(gate)
+        ctx.how = how
+        return how(_swiglu)(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        flat_gate, flat_up = gate.reshape(-1, gate.shape[-1]), up.reshape(-1, up.shape[-1])
-        dy = grad_outputs[0].reshape_as(flat_gate)
-        d_gate, d_up = torch.empty_like(flat_gate), torch.empty_like(flat_up)
-        for rows in _row_blocks(flat_gate):
-            torch.mul(dy[rows], F.silu(flat_gate[rows]), out=d_up[rows])
-            torch.ops.aten.silu_backward.grad_input(dy[rows] * flat_up[rows], flat_gate[rows], grad_input=d_gate[rows])
-        return d_gate.view_as(gate), d_up.view_as(up)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.how(_swiglu_backward)(*grad_outputs, *ctx.saved_tensors), None
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    d_up = F.silu(gate).mul_(dy)
+    return torch.ops.aten.silu_backward(dy * up, gate), d_up
 
 
 def _attention_forward(
@@ -129,7 +153,7 @@ def _attention_forward(
     if hasattr(self, "q_norm"):
         query, key = self.q_norm(query), self.k_norm(key)
     cos, sin = position_embeddings
-    query, key = _Rotary.apply(query, cos, sin), _Rotary.apply(key, cos, sin)
+    query, key = (_Rotary.apply(rotated, cos, sin, self.how) for rotated in (query, key))
     query, key = query.to(value.dtype), key.to(value.dtype)  # norms whose weights are in fp32 widen them
     out, _ = packed_attention(
         self,
@@ -147,14 +171,15 @@ class _Rotary(torch.autograd.Function):
     """Rotary position embedding (arXiv:2104.09864), x cos + rotate_half(x) sin, saving neither x nor its rotation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, how: How) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        ctx.how = how
+        return how(_rotate)(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotate(grad_outputs[0], cos, -sin), None, None
+        return ctx.how(_rotate)(grad_outputs[0], cos, -sin), None, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -162,7 +187,4 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
     cos, sin = cos[..., None, :half], sin[..., None, :half]  # (1, T, 1, half)
     first, second = x[..., :half], x[..., half:]
-    out = torch.empty_like(x)
-    torch.mul(first, cos, out=out[..., :half]).sub_(second * sin)
-    torch.mul(second, cos, out=out[..., half:]).add_(first * sin)
-    return out
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

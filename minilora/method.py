@@ -26,7 +26,7 @@ def make_trainable(model: Any, config: TrainConfig, checkpointing: bool, preserv
             start_at_main_directions(model, config.seed)
     else:
         model.requires_grad_(True)
-    speed_up(model)
+    speed_up(model, config.torch_compile)
     if checkpointing:  # transformers gave its method a new name in 5.2x
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": preserve_rng_state})

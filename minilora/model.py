@@ -66,7 +66,8 @@ def find_model(name: str) -> Path:
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # never raises, whatever the name is
         if not (folder / "config.json").is_file():
-            raise ModelError(f"{name} is no model folder: it has no config.json.")
+            adapter = " It holds an adapter: give that as --adapter." * (folder / "adapter_config.json").is_file()
+            raise ModelError(f"{name} is no model folder: it has no config.json.{adapter}")
         return folder
     if os.path.exists(folder) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name!r}: there is no such folder, and it is no hub name (OWNER/NAME).")

@@ -9,14 +9,14 @@ from typing import Literal
 import numpy as np
 import torch
 
-from minilora.batching import MICRO_BATCH_TOKENS, Schedule, collate
+from minilora.batching import Schedule, collate, default_tokens
 from minilora.config import TrainConfig, nearest, with_method
 from minilora.data import ChatMarkup, Example
 from minilora.dataset import Dataset, make_columns, of_file
 from minilora.errors import ConfigError
 from minilora.memory import free_bytes, gib, memory_bytes
 from minilora.model import find_model, load_tokenizer, num_layers, pick_device, pick_dtype
-from minilora.predict import USABLE, Memory, Setup, along, fitting_cut, largest_batch, predict
+from minilora.predict import USABLE, Memory, Setup, along, fitting_cut, largest_batch, predict, shares_prefix
 from minilora.run import longest_allowed, schedule_of
 from minilora.runlog import device_name, say
 from minilora.sources import Sets, make_sets, read_sources
@@ -61,7 +61,8 @@ def plan(config: TrainConfig, card: str | None) -> None:
     sets, about_rows = rows_of(config)
     dataset, schedule = sets.train, schedule_of(config, sets)
     setup = Setup(config, base_folder, place.dtype, place.device_type, bool(config.gradient_checkpointing))
-    most = MICRO_BATCH_TOKENS[place.device_type]
+    first_step = [dataset[i] for i in schedule.examples_of(0)]
+    most = default_tokens(place.device_type, first_step, shares_prefix(config, place.device_type))
     asked = config.max_tokens_per_micro_batch if config.packing else 1
     asked = asked or (most if place.device_type == "cpu" else 0)
     choice = fitting_cut(setup, dataset, schedule, asked, most, place.usable - place.in_use)
@@ -74,7 +75,8 @@ def plan(config: TrainConfig, card: str | None) -> None:
     dtype = str(place.dtype).removeprefix("torch.")
     say("model", f"{config.model}: {num_layers(base_folder)} layers, matrix products in {dtype}")
     say("rows", about_rows)
-    say("setting", f"method {config.method}, micro-batches of up to {choice.max_tokens:,} tokens")
+    cut = f"micro-batches of up to {choice.max_tokens:,} tokens" if config.packing else "one example a micro-batch"
+    say("setting", f"method {config.method}, {cut}")
     count, num_tokens = len(batch.layout.lengths), batch.input_ids.numel() - batch.layout.padding
     say("", f"the largest has {num_tokens:,} tokens of {count:,} example{'s' * (count != 1)}")
     if choice.checkpointing:

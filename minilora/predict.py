@@ -99,7 +99,7 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
 
     Gradients and moments are there from the beginning, as in all micro-batches but the first of a run.
     """
-    config, full = setup.config, setup.config.method == "full"
+    config, full = dataclasses.replace(setup.config, torch_compile=False), setup.config.method == "full"
     model = empty_model(setup.base_folder, torch.float32 if full else setup.dtype, layers)
     make_trainable(model, config, setup.checkpointing, preserve_rng_state=False)  # fakes draw no numbers
     model.train()

@@ -16,12 +16,11 @@ import torch
 
 from minilora import adapter, checkpoint, files, runlog
 from minilora.batching import (
-    MICRO_BATCH_TOKENS,
     Batch,
     Schedule,
     collate,
-    common_prefix,
     cut_examples,
+    default_tokens,
     make_schedule,
     micro_batches,
     share,
@@ -43,8 +42,6 @@ from minilora.runlog import say
 from minilora.shard import shard
 from minilora.sources import Sets, make_sets, read_sources
 from minilora.stopping import StopRequest
-
-SHARED_PREFIXES = 3  # a micro-batch has more room by so many times the tokens that its rows share
 
 
 @dataclass
@@ -293,9 +290,8 @@ def _choose_cut(
     asked = config.max_tokens_per_micro_batch if config.packing else 1  # smaller than any example: each goes alone
     if not asked and resumed_from is not None and (before := checkpoint.asked_tokens(resumed_from)) > 1:
         asked = before if device.type == "cuda" else 0
-    most = MICRO_BATCH_TOKENS[device.type]
-    if shares_prefix(config, device.type):  # the longer it is, the more rows must meet for it to pay
-        most += SHARED_PREFIXES * common_prefix([train_set[i] for i in schedule.examples_of(0)])
+    first_step = [train_set[i] for i in schedule.examples_of(0)]
+    most = default_tokens(device.type, first_step, shares_prefix(config, device.type))
     if config.base_bits:
         note = f"what a base in {config.base_bits} bits takes is not predicted: a step that does not fit is cut smaller"
         return Choice(asked or most, bool(config.gradient_checkpointing), None, (note,))

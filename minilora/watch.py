@@ -128,7 +128,7 @@ def as_on(device_type: str) -> Iterator[None]:
         else:
             held.enter_context(patched(lora, draw_dropped=dropped_mask))
             held.enter_context(patched(loss, WIDE_ROWS=dict.fromkeys(loss.WIDE_ROWS, loss.WIDE_ROWS["cuda"])))
-            held.enter_context(patched(fast, _row_blocks=one_block, packed_attention=varlen))
+            held.enter_context(patched(fast, packed_attention=varlen))
         yield
 
 
@@ -153,11 +153,6 @@ def expected_positions(x: Tensor, dropout: float) -> Tensor:
 def dropped_mask(x: Tensor, dropout: float) -> Tensor:
     """Dropout's choice as it is on CUDA, a mask of x's shape."""
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)
-
-
-def one_block(flat: Tensor) -> list[slice]:
-    """All rows at once, as on CUDA."""
-    return [slice(0, len(flat))]
 
 
 def varlen(

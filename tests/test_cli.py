@@ -16,7 +16,7 @@ import pytest
 from conftest import write_jsonl
 
 import minilora
-from minilora import cli, errors, generate, model, runlog
+from minilora import cli, demo, errors, generate, model, runlog
 from minilora.data import Turn
 
 ROOT = Path(minilora.__file__).parent.parent
@@ -210,8 +210,11 @@ def test_a_model_that_cannot_be_had(shell, tmp_path):
 def test_models_that_are_no_models(capsys, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", 4)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for name, answer in {
-        tmp_path / "empty": "it has no config.json",
+        tmp_path / "empty": "it has no config.json.\n",
+        tmp_path / "adapter": "it has no config.json. It holds an adapter: give that as --adapter.\n",
         tmp_path / "none": "there is no such folder",
         "./none": "there is no such folder",
         "none": "there is no such folder, and it is no hub name",
@@ -239,6 +242,9 @@ def test_adapters_that_are_none(capsys, tmp_path):
         assert "is no adapter" in mistake(capsys, "chat", "--adapter", tmp_path / name)
         said = mistake(capsys, "merge", "--adapter", tmp_path / name, "--output_dir", tmp_path / "out")
         assert "is no adapter" in said
+    said = mistake(capsys, "generate", "--adapter", demo.DEMO_DIR, "hello")
+    assert "is no adapter" in said
+    assert "It holds a model: give that as --model.\n" in said
     assert "give --adapter DIR, or --model NAME" in mistake(capsys, "generate", "hello")
     assert not (tmp_path / "out").exists()
 

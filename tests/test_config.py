@@ -96,6 +96,7 @@ SAMPLES = {
     "gradient_checkpointing": ("true", "true", True, {}),
     "dtype": ("float32", '"float32"', "float32", {}),
     "device": ("cuda:1", '"cuda:1"', "cuda:1", {}),
+    "torch_compile": ("true", "true", True, {}),
     "fsdp": ("true", "true", True, {}),
     "seed": ("7", "7", 7, {}),
     "logging_steps": ("3", "3", 3, {}),

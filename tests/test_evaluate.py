@@ -92,8 +92,10 @@ def test_the_numbers_are_those_of_plain_transformers(rows, tuned, load_tiny, tmp
 
 
 def test_the_token_budget_is_that_of_a_run(make_config, rows, monkeypatch):
-    """`eval` once had one of its own; the room for a shared prefix, a run's own, comes to it."""
-    config = make_config(eval_file=str(rows), max_tokens_per_micro_batch=0, share_prefix="off")
+    """With its room for a long prefix that is shared; `eval` once had a budget of its own."""
+    prompt = "水" * 220
+    own = {"train_file": str(rows), "system_prompt": prompt, "per_device_train_batch_size": 12}
+    config = make_config(**own, max_tokens_per_micro_batch=0, share_prefix="auto")
     with StopRequest() as stop, ExitStack() as held:
         expected = run.prepare(config, stop, held).state.max_tokens
     really, budgets = evaluate.micro_batches, set()
@@ -103,7 +105,8 @@ def test_the_token_budget_is_that_of_a_run(make_config, rows, monkeypatch):
         return really(group, max_tokens, **keys)
 
     monkeypatch.setattr(evaluate, "micro_batches", micro_batches)
-    evaluate.evaluate(asked(eval_file=rows, model=config.model))
+    evaluate.evaluate(asked(eval_file=rows, model=config.model, system_prompt=prompt))
+    assert expected > 960 + 3 * 192
     assert budgets == {expected}
 
 
@@ -238,6 +241,16 @@ def test_rows_that_are_cut_are_said(rows, tiny_folder, capsys):
     assert cli.main(["eval", "--model", str(tiny_folder), *flags]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert re.fullmatch(r"\d+ rows, \d+ supervised tokens, [1-9]\d* rows cut to --max_length", first)
+
+
+def test_bad_rows_are_refused_or_left_out_and_said(rows, tiny_folder, capsys):
+    with open(rows, "a") as file:
+        file.write("no example\n")
+    command = ["eval", "--model", str(tiny_folder), "--eval_file", str(rows), "--dtype", "float32"]
+    assert cli.main(command) == 2
+    assert "--on_bad_rows skip" in capsys.readouterr().err
+    assert cli.main([*command, "--on_bad_rows", "skip"]) == 0
+    assert re.search(r"^12 rows, .*, 1 bad rows left out$", capsys.readouterr().out.splitlines()[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,16 +1,18 @@
 """The leaner norm, MLP and attention beside the Hugging Face modules that they equal."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 from conftest import random_examples, relative_error
 
-from minilora import fast
+from minilora import fast, loop
 from minilora.batching import collate
+from minilora.errors import ConfigError
 from minilora.model import hidden_states, packed
 
-TOKENS = 300  # more than the rows that are computed together
+TOKENS = 300
 
 
 def both(model, name):
@@ -44,13 +46,15 @@ def test_norm_and_mlp_are_hugging_faces_to_the_bit(load_tiny, name, dtype):
 def test_gradcheck_of_the_norm():
     torch.manual_seed(0)
     x, weight = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True), torch.randn(5, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, w: fast._RMSNorm.apply(x, w, 1e-3), (x, weight.requires_grad_()))
+    assert torch.autograd.gradcheck(
+        lambda x, w: fast._RMSNorm.apply(x, w, 1e-3, fast.eager), (x, weight.requires_grad_())
+    )
 
 
 def test_gradcheck_of_the_mlps_product():
     torch.manual_seed(0)
     gate, up = (torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(fast._SwiGLU.apply, (gate, up))
+    assert torch.autograd.gradcheck(lambda gate, up: fast._SwiGLU.apply(gate, up, fast.eager), (gate, up))
 
 
 def test_rotary_is_hugging_faces_and_so_is_its_gradient():
@@ -61,7 +65,7 @@ def test_rotary_is_hugging_faces_and_so_is_its_gradient():
     cos, sin = (torch.cat([f(angles)] * 2, -1) for f in (torch.cos, torch.sin))
     x = torch.randn(1, 7, 3, 8, dtype=torch.float64, requires_grad=True)
     expected, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
-    y = fast._Rotary.apply(x, cos, sin)
+    y = fast._Rotary.apply(x, cos, sin, fast.eager)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
     dy = torch.randn_like(y)
     (found,), (wanted,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy)
@@ -91,3 +95,62 @@ def test_a_module_with_another_activation_keeps_its_forward(load_tiny):
     changed, kept = model.model.layers[1].mlp, model.model.layers[0].mlp
     assert kept.forward.__func__ is type(kept).forward
     assert changed.forward.__func__ is not type(changed).forward
+
+
+# ---------------------------------------------------------------------------------------- torch.compile
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_chains_are_the_eager_ones_but_for_rounding(dtype):
+    """For all numbers of tokens, with no kernel compiled again for each."""
+    torch.manual_seed(0)
+    bound = 1e-6 if dtype == torch.float32 else 1e-2
+    for tokens in (8, 24, 304):
+        x, dy = torch.randn(2, 1, tokens, 64).to(dtype)
+        gate, up, d_out = torch.randn(3, 1, tokens, 96).to(dtype)
+        weight, rstd = torch.rand(64).to(dtype) + 0.5, torch.rand(1, tokens, 1) + 0.5
+        query, (cos, sin) = torch.randn(1, tokens, 4, 16).to(dtype), torch.rand(2, 1, tokens, 16).to(dtype)
+        for function, inputs in {
+            fast._norm: (x, weight, 1e-6),
+            fast._norm_backward: (dy, x, rstd, weight, False),
+            fast._swiglu: (gate, up),
+            fast._swiglu_backward: (d_out, gate, up),
+            fast._rotate: (query, cos, sin),
+        }.items():
+            expected, found = function(*inputs), fast.compiled(function)(*inputs)
+            pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
+            for wanted, got in pairs:
+                assert (wanted is None) == (got is None)
+                assert got is None or (got.dtype == wanted.dtype and relative_error(got, wanted) < bound)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    fast.compiled(fast._swiglu)(*torch.randn(2, 1, 80, 96).to(dtype))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+@needs_compiler
+def test_a_run_with_compiled_chains_learns_the_same(start, tmp_path):
+    plain, quick = start(), start(torch_compile=True, output_dir=str(tmp_path / "quick"))
+    called = []
+    for module in quick.model.modules():
+        if hasattr(module, "how"):
+            assert module.how is fast.compiled
+            module.how = lambda function: called.append(function) or fast.compiled(function)
+    losses = [[loop.train_step(run)["loss"] for _ in range(3)] for run in (plain, quick)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    names = {function.__name__ for function in called}
+    assert names == {"_norm", "_norm_backward", "_swiglu", "_swiglu_backward", "_rotate"}
+
+
+def test_without_a_compiler_the_key_is_refused_in_one_line(start, monkeypatch):
+    def broken(function):
+        def fails(*_):
+            raise RuntimeError("no C++ compiler\nand more")
+
+        return fails
+
+    monkeypatch.setattr(fast, "compiled", broken)
+    with pytest.raises(ConfigError, match=r"^torch_compile: .*\(no C\+\+ compiler\). Leave it out.$"):
+        start(torch_compile=True)

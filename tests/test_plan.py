@@ -1,6 +1,7 @@
 """`minilora plan`: by part, by setting, by card; what cannot be read is one line."""
 
 import re
+from contextlib import ExitStack
 
 import pytest
 from conftest import write_jsonl
@@ -11,6 +12,8 @@ from minilora.config import TrainConfig
 from minilora.errors import ConfigError
 from minilora.plan import BUDGETS, CARDS_GIB, VARIANTS, Grid, Place, markdown, on_card, verdict
 from minilora.predict import Memory
+from minilora.run import prepare
+from minilora.stopping import StopRequest
 
 GIB = 2**30
 DEMO = str(demo.DEMO_DIR)
@@ -89,6 +92,19 @@ def test_figures_in_words(said, capsys):
     assert cli.main(["preview", "rows.jsonl", "--model", DEMO, "--rows", "0"]) == 0
     median = re.search(r"p95 / max: \d+ / (\d+) / ", capsys.readouterr().out)[1]
     assert f"rows.jsonl: 40, of {median} tokens in the middle" in text
+
+
+@pytest.mark.usefixtures("no_table")
+def test_the_setting_is_the_one_that_a_run_would_have(said, tmp_path_factory):
+    """Its room for a shared prefix comes to the budget; one example a micro-batch has none."""
+    keys = {"system_prompt": "水" * 220, "device": "cpu", "dtype": "float32"}
+    files = {"model": DEMO, "train_file": "rows.jsonl", "output_dir": str(tmp_path_factory.mktemp("runs") / "run")}
+    with StopRequest() as stop, ExitStack() as held:
+        most = prepare(cli.config_of("lora", keys | files), stop, held).state.max_tokens
+    assert most > 960 + 3 * 192
+    flags = [word for key, value in keys.items() for word in (f"--{key}", value)]
+    assert f"method lora, micro-batches of up to {most:,} tokens\n" in said(*flags)
+    assert "method lora, one example a micro-batch\n" in said(*flags, "--packing", "false")
 
 
 def test_the_columns_of_a_table_stand_below_each_other():

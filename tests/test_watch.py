@@ -73,7 +73,7 @@ def test_packed_attention_as_on_cuda_counts_the_causal_half():
 
 
 def test_the_ways_of_cuda_leave_nothing_behind():
-    names = {(fast, "packed_attention"), (fast, "_row_blocks"), (lora, "draw_dropped"), (loss, "WIDE_ROWS")}
+    names = {(fast, "packed_attention"), (lora, "draw_dropped"), (loss, "WIDE_ROWS")}
     names.add((attention, "_varlen_layout"))
     before = {key: getattr(*key) for key in names}
     with as_on("cuda"):
