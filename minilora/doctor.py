@@ -333,8 +333,10 @@ def tokenizer(asked: Asked) -> Iterator[Finding]:
         return
     from minilora import files
     from minilora.data import ChatMarkup
-    from minilora.model import load_tokenizer
+    from minilora.model import load_tokenizer, what_else
 
+    if what_else(folder):  # said of the model
+        return
     loaded = load_tokenizer(folder)
     markup = ChatMarkup(loaded)
     embedded = files.read_json(folder / "config.json").get("vocab_size")
@@ -382,8 +384,11 @@ def weights(asked: Asked) -> Iterator[Finding]:
         what = f"not examined: {asked.name} is not here" if asked.model else "none given: --model NAME examines one"
         yield Finding("ok", "model", what)
         return
-    from minilora.model import num_layers, weight_files
+    from minilora.model import num_layers, weight_files, what_else
 
+    if hint := what_else(folder):
+        yield Finding("FAIL", "model", f"{folder} is no model folder", hint)
+        return
     layers = num_layers(folder)
     paths = weight_files(folder)
     problems = [f"{path.name}: {why}" for path in paths if (why := not_whole(path))]

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.attention import packed_attention
-from minilora.errors import ConfigError, first_line
 from minilora.lora import project
 
 Function = Callable[..., Any]
@@ -39,11 +38,9 @@ def compiled(function: Function) -> Function:
 def speed_up(model: nn.Module, torch_compile: bool = False) -> None:
     """Give every module that is known here its leaner forward; others keep their own.
 
-    torch_compile: run their elementwise chains as kernels of torch.compile. Raises ConfigError where it cannot.
+    torch_compile: run their elementwise chains as kernels of torch.compile
     """
     how = compiled if torch_compile else eager
-    if torch_compile:
-        _try_to_compile(next(model.parameters()).device)
     for module in model.modules():
         kind = type(module).__name__
         if kind in NORMS:
@@ -55,13 +52,6 @@ def speed_up(model: nn.Module, torch_compile: bool = False) -> None:
         else:
             continue
         module.how = how  # type: ignore[assignment]  # no parameter and no module, but nn.Module takes it
-
-
-def _try_to_compile(device: torch.device) -> None:
-    try:
-        compiled(_swiglu)(*torch.ones(2, 8, 8, device=device))
-    except Exception as error:  # no compiler, a broken one, a cache that cannot be written: each its own class
-        raise ConfigError(f"torch_compile: torch cannot compile here ({first_line(error)}). Leave it out.") from error
 
 
 def _is_silu(function: Any) -> bool:

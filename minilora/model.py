@@ -65,13 +65,23 @@ def find_model(name: str) -> Path:
     """
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):  # never raises, whatever the name is
-        if not (folder / "config.json").is_file():
-            adapter = " It holds an adapter: give that as --adapter." * (folder / "adapter_config.json").is_file()
-            raise ModelError(f"{name} is no model folder: it has no config.json.{adapter}")
+        hint = what_else(folder)
+        if hint or not (folder / "config.json").is_file():
+            raise ModelError(f"{name} is no model folder: {hint or 'it has no config.json.'}")
         return folder
     if os.path.exists(folder) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name!r}: there is no such folder, and it is no hub name (OWNER/NAME).")
     return cached_model(name) or _download(name)
+
+
+def what_else(folder: Path) -> str:
+    """What a folder is that is no model but of ours, and what to give instead; empty where it may be a model."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return "it holds an adapter: give that as --adapter."
+    if not (folder / "metrics.jsonl").is_file():
+        return ""
+    results = [f"give --{flag} {folder / flag}." for flag in ("adapter", "model") if (folder / flag).is_dir()]
+    return f"it is a run: {results[0] if results else 'nothing is finished there.'}"
 
 
 def cached_model(name: str) -> Path | None:

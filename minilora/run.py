@@ -30,10 +30,19 @@ from minilora.config import TrainConfig
 from minilora.data import ChatMarkup, DataReport, Example, Question
 from minilora.dataset import Dataset
 from minilora.dist import World, join
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, first_line
 from minilora.memory import free_bytes, gib, memory_bytes, peak_memory_bytes, trim_heap
 from minilora.method import adapter_to_go_on, in_words, make_trainable
-from minilora.model import find_model, fingerprint, load_model, load_tokenizer, pick_device, pick_dtype
+from minilora.model import (
+    find_model,
+    fingerprint,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    packed,
+    pick_device,
+    pick_dtype,
+)
 from minilora.optim import make_optimizer
 from minilora.predict import Choice, Setup, choose_cut, shares_prefix
 from minilora.quant import num_elements
@@ -155,6 +164,7 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
     before_loading = memory_bytes(device)
     model, base_fingerprint = _trainable_model(config, base_folder, dtype, device, choice.checkpointing, begun, world)
     optimizer = make_optimizer(model, config.weight_decay, config.loraplus_lr_ratio)
+    _compile_kernels(config, model, sets.train, dtype, stop, tell=header and world.main)
     identity = Identity(lasting_settings(config), base_fingerprint, sources.sha256, runlog.versions(), world.size)
     agree(world, identity, dtype, device)
     state = TrainState() if resumed_from is None else checkpoint.load(resumed_from, model, optimizer, identity)
@@ -277,6 +287,25 @@ def _trainable_model(
     if config.fsdp:
         shard(model, world, device, dtype)
     return model, base_fingerprint
+
+
+def _compile_kernels(
+    config: TrainConfig, model: Any, train_set: Dataset, dtype: torch.dtype, stop: StopRequest, tell: bool
+) -> None:
+    """Have torch.compile make its kernels before the first step, where it is to. Raises ConfigError where it cannot."""
+    if not config.torch_compile:
+        return
+    if tell:
+        say("compiling", "norms, SwiGLU and rotary embedding: up to a minute where no earlier run has left them")
+    batch = collate([train_set[int(train_set.lengths.argmin())]]).to(next(model.parameters()).device)
+    bf16 = dtype == torch.bfloat16
+    try:
+        with packed(model.train()), torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16):
+            hidden_states(model, batch).sum().backward()
+    except Exception as error:  # no compiler, a broken one, a cache that cannot be written: each its own class
+        stop.check()  # a signal meets the compiler, too
+        raise ConfigError(f"torch_compile: torch cannot compile here ({first_line(error)}). Leave it out.") from error
+    model.zero_grad(set_to_none=True)
 
 
 def _choose_cut(

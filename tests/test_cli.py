@@ -212,9 +212,13 @@ def test_models_that_are_no_models(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "ended" / "model").mkdir(parents=True)
+    (tmp_path / "ended" / "config.json").write_text("{}")
+    (tmp_path / "ended" / "metrics.jsonl").touch()
     for name, answer in {
         tmp_path / "empty": "it has no config.json.\n",
-        tmp_path / "adapter": "it has no config.json. It holds an adapter: give that as --adapter.\n",
+        tmp_path / "adapter": "is no model folder: it holds an adapter: give that as --adapter.\n",
+        tmp_path / "ended": f"is no model folder: it is a run: give --model {tmp_path / 'ended' / 'model'}.\n",
         tmp_path / "none": "there is no such folder",
         "./none": "there is no such folder",
         "none": "there is no such folder, and it is no hub name",

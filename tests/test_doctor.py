@@ -218,6 +218,17 @@ def other_attention(machine):
     write(machine.model / "config.json", attention_dropout=0.1)
 
 
+def adapter_folder(machine):
+    for file in machine.model.iterdir():
+        file.unlink()
+    write(machine.model / "adapter_config.json")
+
+
+def run_folder(machine):
+    (machine.model / "metrics.jsonl").touch()
+    (machine.model / "adapter").mkdir()
+
+
 FAULTS = [
     (no_cuda_build, "FAIL", "device", "runs CUDA 12.2, but torch", "torch's build for CUDA 12"),
     (driver_too_old, "FAIL", "device", "built for CUDA 13.0, the NVIDIA driver runs 12.2 at most", "update the driver"),
@@ -242,6 +253,8 @@ FAULTS = [
     (only_pickles, "FAIL", "weights", "model.safetensors: missing", "only .bin files are there"),
     (broken_header, "FAIL", "weights", "not readable", "hf download"),
     (other_attention, "FAIL", "weights", "attention_dropout is set", ""),
+    (adapter_folder, "FAIL", "model", "is no model folder", "it holds an adapter"),
+    (run_folder, "FAIL", "model", "is no model folder", "it is a run: give --adapter "),
 ]
 
 

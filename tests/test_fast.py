@@ -2,6 +2,9 @@
 
 import copy
 import shutil
+import signal
+from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
@@ -9,8 +12,10 @@ from conftest import random_examples, relative_error
 
 from minilora import fast, loop
 from minilora.batching import collate
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, StoppedError
 from minilora.model import hidden_states, packed
+from minilora.run import prepare
+from minilora.stopping import StopRequest
 
 TOKENS = 300
 
@@ -132,7 +137,10 @@ def test_compiled_chains_are_the_eager_ones_but_for_rounding(dtype):
 
 @needs_compiler
 def test_a_run_with_compiled_chains_learns_the_same(start, tmp_path):
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     plain, quick = start(), start(torch_compile=True, output_dir=str(tmp_path / "quick"))
+    compiled_before_the_first_step = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled_before_the_first_step > before
     called = []
     for module in quick.model.modules():
         if hasattr(module, "how"):
@@ -140,17 +148,35 @@ def test_a_run_with_compiled_chains_learns_the_same(start, tmp_path):
             module.how = lambda function: called.append(function) or fast.compiled(function)
     losses = [[loop.train_step(run)["loss"] for _ in range(3)] for run in (plain, quick)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled_before_the_first_step
     names = {function.__name__ for function in called}
     assert names == {"_norm", "_norm_backward", "_swiglu", "_swiglu_backward", "_rotate"}
 
 
-def test_without_a_compiler_the_key_is_refused_in_one_line(start, monkeypatch):
-    def broken(function):
+@pytest.fixture
+def broken_compiler(monkeypatch):
+    """torch.compile fails; returns a function that is called then."""
+    on_failure = mock.Mock()
+
+    def compiled(function):
         def fails(*_):
+            on_failure()
             raise RuntimeError("no C++ compiler\nand more")
 
         return fails
 
-    monkeypatch.setattr(fast, "compiled", broken)
+    monkeypatch.setattr(fast, "compiled", compiled)
+    return on_failure
+
+
+def test_without_a_compiler_the_key_is_refused_in_one_line(start, broken_compiler):
     with pytest.raises(ConfigError, match=r"^torch_compile: .*\(no C\+\+ compiler\). Leave it out.$"):
         start(torch_compile=True)
+    broken_compiler.assert_called_once()
+
+
+def test_a_signal_that_meets_the_compiler_is_told_as_a_signal(make_config, broken_compiler):
+    with StopRequest() as stop, ExitStack() as held:
+        broken_compiler.side_effect = lambda: setattr(stop, "signal_number", signal.SIGTERM)
+        with pytest.raises(StoppedError, match="stopped by SIGTERM"):
+            prepare(make_config(torch_compile=True), stop, held)
