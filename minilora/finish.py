@@ -10,6 +10,7 @@ import torch
 
 from minilora import checkpoint, files, output, report, runlog
 from minilora.errors import StoppedError
+from minilora.fast import speed_up
 from minilora.generate import Speaker, probe_logits
 from minilora.memory import gib, peak_memory_bytes
 from minilora.record import save_result
@@ -60,6 +61,7 @@ def finish(run: Run, stop_reason: str) -> Summary:
 def _logits_as_saved(run: Run) -> torch.Tensor:
     """What the trained model makes of the probe, its weights rounded as they are saved. (tokens, vocabulary)"""
     ids = output.probe(run.markup, run.config.system_prompt)
+    speed_up(run.model)  # without compiled kernels, which round otherwise: a fresh base has none
     if run.world.lockstep:
         return logits_of_shards(run.model, ids, run.dtype)
     if run.config.method == "full":  # the rotary buffers stay in fp32, as a loaded model has them

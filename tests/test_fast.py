@@ -153,6 +153,14 @@ def test_a_run_with_compiled_chains_learns_the_same(start, tmp_path):
     assert names == {"_norm", "_norm_backward", "_swiglu", "_swiglu_backward", "_rotate"}
 
 
+@needs_compiler
+def test_the_result_of_a_compiled_run_is_verified_as_any_other(make_config, tmp_path):
+    """Compiled kernels round otherwise than the fresh base that the result is loaded into."""
+    plain = loop.train(make_config(dtype="bfloat16"))
+    quick = loop.train(make_config(dtype="bfloat16", torch_compile=True, output_dir=str(tmp_path / "quick")))
+    assert quick.verified_max_logit_difference == plain.verified_max_logit_difference
+
+
 @pytest.fixture
 def broken_compiler(monkeypatch):
     """torch.compile fails; returns a function that is called then."""
