@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minilora import files
 from minilora.errors import AdapterError, DivergedError
 from minilora.lora import inject, lora_layers
+from minilora.model import what_else
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -130,6 +131,8 @@ def read_config(folder: Path) -> AdapterConfig:
     except ValueError as error:
         if (folder / "adapter" / CONFIG).is_file():
             hint = f" Its adapter is {folder / 'adapter'}."
+        elif other := what_else(folder):
+            hint = f" But {other}"
         else:
             hint = " It holds a model: give that as --model." * (folder / "config.json").is_file()
         raise AdapterError(f"{folder} is no adapter: {path.name}: {error}.{hint}") from error

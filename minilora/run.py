@@ -296,7 +296,7 @@ def _compile_kernels(
     if not config.torch_compile:
         return
     if tell:
-        say("compiling", "norms, SwiGLU and rotary embedding: up to a minute where no earlier run has left them")
+        say("compiling", "norms, SwiGLU and rotary embedding; later runs find them ready")
     batch = collate([train_set[int(train_set.lengths.argmin())]]).to(next(model.parameters()).device)
     bf16 = dtype == torch.bfloat16
     try:

@@ -249,6 +249,12 @@ def test_adapters_that_are_none(capsys, tmp_path):
     said = mistake(capsys, "generate", "--adapter", demo.DEMO_DIR, "hello")
     assert "is no adapter" in said
     assert "It holds a model: give that as --model.\n" in said
+    ended = tmp_path / "ended"  # a run of method full
+    (ended / "model").mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl"):
+        (ended / name).write_text("{}")
+    said = mistake(capsys, "generate", "--adapter", ended, "hello")
+    assert f"But it is a run: give --model {ended / 'model'}.\n" in said
     assert "give --adapter DIR, or --model NAME" in mistake(capsys, "generate", "hello")
     assert not (tmp_path / "out").exists()
 
