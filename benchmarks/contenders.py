@@ -23,9 +23,12 @@ STARTED = time.time()  # before torch is imported: the import is part of the way
 
 import torch  # noqa: E402
 
-from minilora.data import IGNORE, ChatMarkup, Row, read_rows  # noqa: E402
-from minilora.dataset import Dataset, tokenize  # noqa: E402
-from minilora.model import load_tokenizer, pick_device, pick_dtype  # noqa: E402
+from minilora.data.dataset import IGNORE, Dataset, tokenize  # noqa: E402
+from minilora.data.formats import Row  # noqa: E402
+from minilora.data.markup import ChatMarkup  # noqa: E402
+from minilora.data.rows import read_rows  # noqa: E402
+from minilora.models.load import load_tokenizer  # noqa: E402
+from minilora.utils.device import pick_device, pick_dtype  # noqa: E402
 
 SYSTEM = "你是一个AI助手"
 EXAMPLES_PER_STEP = 32
@@ -86,8 +89,8 @@ def minilora(job: Job, check: bool) -> Result:
 def minilora_start_loss(config: Any) -> float:
     """Mean nats over the answers' tokens of the first step's worth of rows, by minilora's own evaluation."""
     from minilora import loop
-    from minilora.run import prepare
-    from minilora.stopping import StopRequest
+    from minilora.training.setup import prepare
+    from minilora.training.signals import StopRequest
 
     with StopRequest() as stop, ExitStack() as held:
         run = prepare(config, stop, held)

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minilora import attention, fast, lora
+from minilora import attention, decoder, lora
 from minilora.batching import Batch, collate
-from minilora.data import IGNORE, Example
+from minilora.data.dataset import IGNORE, Example
+from minilora.decoder import head_weight, hidden_states, packed
 from minilora.loss import token_loss
-from minilora.model import head_weight, hidden_states, packed
-from minilora.predict import LAYERS, marked_at_first_layer
-from minilora.watch import Watch, as_on, to_fake
+from minilora.training.memory_estimate import LAYERS, marked_at_first_layer
+from minilora.training.memory_trace import Watch, as_on, to_fake
 
 SHAPE = {  # Qwen2-0.5B
     "hidden_size": 896,
@@ -162,7 +162,7 @@ def minilora_step(model: Any, length: int, examples: int, dropout: float) -> Ste
     """minilora's micro-batch, as `minilora.loop.gradients` runs it; no two examples share a prefix."""
     attention.register()
     lora.inject(model, TARGETS, RANK, ALPHA, dropout)
-    fast.speed_up(model)
+    decoder.speed_up(model)
     batch = collate([example(length)] * examples)
 
     def forward(inputs: list[Tensor]) -> Tensor:

@@ -87,10 +87,12 @@ def keys_of(flavour: str, args: argparse.Namespace, rows: tuple[Path, Path], fol
 
 def train_one(keys: Result) -> Result:
     """Train one flavour in this process, and say how it went."""
-    from minilora import loop, output
+    from minilora import loop
     from minilora.config import resolve
+    from minilora.inference import generate
+    from minilora.models import probe
 
-    output.sample_answers = lambda _: [""] * len(output.SAMPLE_PROMPTS)  # how it speaks is not measured here
+    generate.sample_answers = lambda _: [""] * len(probe.SAMPLE_PROMPTS)  # how it speaks is not measured here
     summary = loop.train(resolve("lora", keys))
     result = Path(keys["output_dir"]) / summary.result
     names = ("first_loss", "last_loss", "first_eval_loss", "last_eval_loss", "peak_memory_bytes", "tokens_per_second")
@@ -108,14 +110,15 @@ def compare_one(keys: Result) -> Result:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from minilora.data import read_rows
-    from minilora.generate import load_speaker, probe_logits
+    from minilora.data.rows import read_rows
+    from minilora.inference.generate import load_chat_model
+    from minilora.models.probe import probe_logits
 
-    speaker = load_speaker(keys["model"], keys["adapter"], "float32", "cpu")
+    chat_model = load_chat_model(keys["model"], keys["adapter"], "float32", "cpu")
     turns = read_rows(keys["eval_file"])[0][0].turns
-    ids = speaker.markup.prompt_ids(turns, speaker.system_prompt)[:COMPARED_TOKENS]
-    ours = probe_logits(speaker.model, ids)
-    del speaker
+    ids = chat_model.markup.prompt_ids(turns, chat_model.system_prompt)[:COMPARED_TOKENS]
+    ours = probe_logits(chat_model.model, ids)
+    del chat_model
     gc.collect()
     base = AutoModelForCausalLM.from_pretrained(
         keys["model"], dtype=torch.float32, local_files_only=True, trust_remote_code=False

@@ -30,7 +30,7 @@ def train(name: str, seed: int, args: argparse.Namespace, folder: Path) -> Path:
 
 def held_out_loss(adapter: Path | None, rows: Path, args: argparse.Namespace) -> float:
     """Nats a supervised token of the base with this adapter, or of the base alone."""
-    from minilora.evaluate import Request, evaluate
+    from minilora.inference.evaluate import Request, evaluate
 
     request = Request(
         eval_file=str(rows),

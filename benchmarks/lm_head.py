@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilora.data import IGNORE
+from minilora.data.dataset import IGNORE
 from minilora.loss import token_loss
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h

@@ -2,7 +2,8 @@
 
     python -m benchmarks.scaling --methods lora --ranks 8,64 --cards 1,8,64
 
-Memory is what `minilora.predict` says: one step of two and of three layers on fake tensors, drawn out to all of them.
+Memory is what `minilora.training.memory_estimate` says: one step of two and of three layers
+on fake tensors, drawn out to all of them.
 Traffic is counted from the parameters: what a card receives in an optimizer step, and sends as much. Replicas add up
 their gradients in one all-reduce (a ring: twice the buffer, but for the own part). Shards are gathered for the forward
 and again for the backward pass of each micro-batch, but for the own part; where every weight is trained, gradients are
@@ -21,10 +22,10 @@ import torch
 
 from minilora.batching import collate
 from minilora.config import TARGET_GROUPS, TrainConfig, with_method
-from minilora.data import IGNORE, Example
-from minilora.method import make_trainable
-from minilora.model import empty_model
-from minilora.predict import Setup, predict
+from minilora.data.dataset import IGNORE, Example
+from minilora.models.load import empty_model
+from minilora.models.trainable import make_trainable
+from minilora.training.memory_estimate import Setup, predict
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied
     "0.5B": (896, 4864, 24, 14, 2, 151936, True),

@@ -32,11 +32,12 @@ def prompt_of(tokenizer: Any, tokens: int) -> str:
 
 def budget_of_as_many_rows(tokenizer: Any, prompt: str, args: argparse.Namespace) -> int:
     """The tokens of a micro-batch that holds the rows which meet in one where the prompt is shared."""
-    from minilora.batching import cut_examples, default_tokens
+    from minilora.batching import default_tokens, pack_examples
     from minilora.config import TrainConfig
-    from minilora.data import ChatMarkup, read_rows
-    from minilora.dataset import tokenize
-    from minilora.model import pick_device
+    from minilora.data.dataset import tokenize
+    from minilora.data.markup import ChatMarkup
+    from minilora.data.rows import read_rows
+    from minilora.utils.device import pick_device
 
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         Path(file.name).write_bytes(first_rows(args.train_file, args.rows))
@@ -44,7 +45,7 @@ def budget_of_as_many_rows(tokenizer: Any, prompt: str, args: argparse.Namespace
     how = {name: getattr(TrainConfig, name) for name in ("max_length", "overlong", "train_on_prompt")}
     dataset = list(tokenize(rows, ChatMarkup(tokenizer), report, system_prompt=prompt, **how))
     most = default_tokens(pick_device(args.device).type, dataset, share_prefix=True)
-    return max(sum(len(dataset[i].input_ids) - 1 for i in part) for part in cut_examples(dataset, most, True))
+    return max(sum(len(dataset[i].input_ids) - 1 for i in part) for part in pack_examples(dataset, most, True))
 
 
 def train(prompt: str, share: str, args: argparse.Namespace, max_tokens: int = 0) -> Result:
@@ -73,7 +74,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="13,100,500", help="tokens of each system prompt")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    from minilora.model import load_tokenizer
+    from minilora.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(Path(args.model))
     peaks = "peak without, GiB | with | without, as many rows"

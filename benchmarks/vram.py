@@ -64,8 +64,11 @@ def settings(args: argparse.Namespace) -> list[Result]:
 
 def train_one(keys: Result) -> Result:
     """Train one setting in this process, and say what it took."""
-    from minilora import loop, output, predict
+    from minilora import loop
     from minilora.config import resolve
+    from minilora.inference import generate
+    from minilora.models import probe
+    from minilora.training import memory_estimate
 
     largest = []
 
@@ -73,8 +76,8 @@ def train_one(keys: Result) -> Result:
         largest.append(batch := original(*args))
         return batch
 
-    original, predict.largest_batch = predict.largest_batch, remembered
-    output.sample_answers = lambda _: [""] * len(output.SAMPLE_PROMPTS)  # how it speaks is not measured here
+    original, memory_estimate.largest_batch = memory_estimate.largest_batch, remembered
+    generate.sample_answers = lambda _: [""] * len(probe.SAMPLE_PROMPTS)  # how it speaks is not measured here
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         summary = loop.train(resolve("lora", keys | {"output_dir": str(run)}))

@@ -6,14 +6,14 @@ The names below are the ones to build on; each is imported when it is first used
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from minilora.adapter import AdapterConfig
-    from minilora.adapters import Adapters
-    from minilora.api import add_adapter, load_adapter, merge_adapter, save_adapter
+    from minilora.adapters.api import add_adapter, load_adapter, merge_adapter, save_adapter
+    from minilora.adapters.format import AdapterConfig
     from minilora.config import TrainConfig
     from minilora.errors import MiniloraError
-    from minilora.finish import Summary
+    from minilora.inference.multi_adapter import Adapters
     from minilora.loop import train
     from minilora.lora import LoRALinear, disabled
+    from minilora.training.finish import Summary
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,25 +31,25 @@ __all__ = [
     "train",
 ]
 _HOMES = {
-    "adapter": ("AdapterConfig",),
-    "adapters": ("Adapters",),
-    "api": ("add_adapter", "load_adapter", "merge_adapter", "save_adapter"),
+    "adapters.api": ("add_adapter", "load_adapter", "merge_adapter", "save_adapter"),
+    "adapters.format": ("AdapterConfig",),
     "config": ("TrainConfig",),
     "errors": ("MiniloraError",),
-    "finish": ("Summary",),
-    "lora": ("LoRALinear", "disabled"),
+    "inference.multi_adapter": ("Adapters",),
     "loop": ("train",),
+    "lora": ("LoRALinear", "disabled"),
+    "training.finish": ("Summary",),
 }
 
 if not TYPE_CHECKING:  # a type checker would take every name for one that this function finds
 
     def __getattr__(name: str) -> Any:
-        """One of the names above, from the room where it is at home."""
+        """One of the names above, from the module that defines it."""
         import importlib
 
-        for room, names in _HOMES.items():
+        for module, names in _HOMES.items():
             if name in names:
-                return getattr(importlib.import_module(f"minilora.{room}"), name)
+                return getattr(importlib.import_module(f"minilora.{module}"), name)
         raise AttributeError(f"module 'minilora' has no attribute {name!r}")
 
 

@@ -5,8 +5,6 @@ so the cut is free: it serves speed and memory only.
 """
 
 import dataclasses
-import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +12,14 @@ import numpy as np
 import torch
 
 from minilora.attention import Layout
-from minilora.data import IGNORE, Example
+from minilora.config import TrainConfig
+from minilora.data.dataset import IGNORE, Example
+
+
+def shares_prefix(config: TrainConfig, device_type: str) -> bool:
+    """Whether a micro-batch computes what all its rows begin with only once."""
+    return config.share_prefix == "on" or (config.share_prefix == "auto" and device_type == "cpu")
+
 
 TOKENS_MULTIPLE = 8  # of a micro-batch: bf16 products with other numbers of rows take up to a quarter longer on a CPU
 MICRO_BATCH_TOKENS = {"cpu": 960, "cuda": 16384}  # of a CUDA device: less where that is predicted not to fit
@@ -92,7 +97,7 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, share_prefix: bo
 
     What all the examples begin with counts once for each Batch where it is shared, not once for each example.
     """
-    for part in cut_examples(examples, max_tokens, share_prefix):
+    for part in pack_examples(examples, max_tokens, share_prefix):
         yield collate([examples[i] for i in part], share_prefix)
 
 
@@ -105,13 +110,13 @@ def default_tokens(device_type: str, examples: Sequence[Example], share_prefix: 
     return MICRO_BATCH_TOKENS[device_type] + SHARED_PREFIXES * shared
 
 
-def cut_examples(examples: Sequence[Example], max_tokens: int, share_prefix: bool) -> list[list[int]]:
+def pack_examples(examples: Sequence[Example], max_tokens: int, share_prefix: bool) -> list[list[int]]:
     """Which examples stand together in each micro-batch, by their indices."""
     shared = common_prefix(examples) if share_prefix else 0
-    return cut([len(example.input_ids) - 1 - shared for example in examples], max_tokens - shared)
+    return pack([len(example.input_ids) - 1 - shared for example in examples], max_tokens - shared)
 
 
-def cut(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
+def pack(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
     """Cut the examples of a step into micro-batches of at most max_tokens tokens each; returns their indices.
 
     Longest first into the fullest micro-batch that still has room (best-fit decreasing); an example longer than the
@@ -133,7 +138,7 @@ def cut(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]
     return bins
 
 
-def share(lengths: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
+def split_across_ranks(lengths: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
     """Share the examples of a step out to so many processes, about the same number of tokens to each; their indices.
 
     Longest first to the process that has least so far. A pure function of its arguments: each process computes it
@@ -146,82 +151,3 @@ def share(lengths: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
         shares[least].append(i)
         loads[least] += int(lengths[i])
     return [sorted(part) for part in shares]
-
-
-def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the examples in an epoch: a pure function of (seed, epoch). (num_examples,)"""
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A file in the mixture of an epoch: its examples are `rows` from index `first` on; an epoch takes `taken`."""
-
-    first: int
-    rows: int
-    taken: int
-
-
-def mixed(parts: Sequence[Part], seed: int, epoch: int) -> np.ndarray:
-    """The examples that an epoch takes of each file: a pure function of (seed, epoch). (sum of taken,)
-
-    They are the next `taken` of a file's shuffles laid end to end, so that over the epochs none of its examples is
-    ahead of another by more than one.
-    """
-    chosen = []
-    for number, part in enumerate(parts):
-        places = np.arange(epoch * part.taken, (epoch + 1) * part.taken)
-        for again in range(places[0] // part.rows, places[-1] // part.rows + 1):
-            shuffle = np.random.default_rng([seed, again, number, 1]).permutation(part.rows)  # unlike [seed, epoch]
-            chosen.append(part.first + shuffle[places[places // part.rows == again] % part.rows])
-    return np.concatenate(chosen)
-
-
-@functools.lru_cache(maxsize=2)
-def _order(parts: tuple[Part, ...], num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    order = epoch_order(num_examples, seed, epoch)
-    return mixed(parts, seed, epoch)[order] if parts else order
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which examples each optimizer step takes, computed from its number alone.
-
-    num_examples: those of an epoch; parts: the files that these are mixed of, empty where it takes each example once
-    """
-
-    num_examples: int
-    examples_per_step: int
-    num_steps: int
-    seed: int
-    parts: tuple[Part, ...] = ()
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch; the last one of an epoch may be smaller."""
-        return math.ceil(self.num_examples / self.examples_per_step)
-
-    def examples_of(self, step: int) -> np.ndarray:
-        """Indices of the examples of a step (counted from 0)."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = _order(self.parts, self.num_examples, self.seed, epoch)
-        return order[place * self.examples_per_step : (place + 1) * self.examples_per_step]
-
-    def ends_epoch(self, step: int) -> bool:
-        """Whether an epoch, or the run, is complete after this step (counted from 0)."""
-        return (step + 1) % self.steps_per_epoch == 0 or step + 1 == self.num_steps
-
-
-def make_schedule(
-    num_examples: int,
-    examples_per_step: int,
-    num_epochs: float,
-    max_steps: int,
-    seed: int,
-    parts: tuple[Part, ...] = (),
-) -> Schedule:
-    """The schedule of a run; max_steps > 0 goes before num_epochs, `parts` before num_examples."""
-    num_examples = sum(part.taken for part in parts) or num_examples
-    steps_per_epoch = math.ceil(num_examples / examples_per_step)
-    num_steps = max_steps or max(1, math.ceil(num_epochs * steps_per_epoch))
-    return Schedule(num_examples, examples_per_step, num_steps, seed, parts)

@@ -106,13 +106,13 @@ def config_of(source: str | None, flags: dict[str, Any]) -> TrainConfig:
     """
     base = None
     if flags.get("resume") not in (None, "auto", "never"):
-        from minilora.rundir import saved_config
+        from minilora.training.rundir import saved_config
 
         base = saved_config(Path(os.path.expanduser(flags["resume"])))
     folder = flags.get("adapter") or (read_source(source).get("adapter") if source else None)
     begun = None
     if isinstance(folder, str) and folder.lower() != "none":
-        from minilora.adapter import keys_to_go_on
+        from minilora.adapters.format import keys_to_go_on
 
         begun = keys_to_go_on(Path(os.path.expanduser(folder)))
     return resolve(source or ("lora" if base is None else None), flags, base, begun)
@@ -128,7 +128,7 @@ def plan_command(argv: Sequence[str]) -> int:
     source, card = args.pop("source"), args.pop("card")
     config = config_of(source, args)
 
-    from minilora.plan import plan
+    from minilora.tools.plan import plan
 
     plan(config, card)
     return 0
@@ -150,7 +150,7 @@ def tune_command(argv: Sequence[str]) -> int:
     source, *asked = (args.pop(name) for name in ("source", "rates", "steps", "rows", "held_out"))
     config = config_of(source, args)
 
-    from minilora.tune import Search, tune
+    from minilora.tools.tune import Search, tune
 
     tune(config, Search(tuple(sorted(set(asked[0]))), *asked[1:]))
     return 0
@@ -158,7 +158,7 @@ def tune_command(argv: Sequence[str]) -> int:
 
 def source_of_bare_call() -> str:
     """lora where its model is at hand or the hub answers within seconds, else demo, said in the first lines."""
-    from minilora.model import cached_model, hub_answers
+    from minilora.models.load import cached_model, hub_answers
 
     name = TrainConfig().model
     if cached_model(name):
@@ -190,7 +190,7 @@ def model_flags(parser: Parser, several: bool = False) -> None:
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
 
 
-def speaker_parser(verb: str, description: str, several: bool = False) -> Parser:
+def chat_parser(verb: str, description: str, several: bool = False) -> Parser:
     """The flags shared by the verbs that let a model speak."""
     parser = Parser(prog=f"{PROG} {verb}", description=description)
     model_flags(parser, several)
@@ -211,17 +211,17 @@ def sampling_of(args: argparse.Namespace) -> Any:
         )
     import torch
 
-    from minilora.generate import Sampling
+    from minilora.inference.generate import Sampling
 
     torch.manual_seed(args.seed)
     return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k)
 
 
 def load_from(args: argparse.Namespace) -> Any:
-    """A Speaker from parsed flags."""
-    from minilora.generate import load_speaker
+    """A ChatModel from parsed flags."""
+    from minilora.inference.generate import load_chat_model
 
-    return load_speaker(args.model, args.adapter, args.dtype, args.device, args.system_prompt, args.allow_other_base)
+    return load_chat_model(args.model, args.adapter, args.dtype, args.device, args.system_prompt, args.allow_other_base)
 
 
 def file_to_write(flag: str, given: str | None) -> Path | None:
@@ -243,7 +243,7 @@ def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
 
 def generate_command(argv: Sequence[str]) -> int:
     """minilora generate"""
-    parser = speaker_parser("generate", "Answer prompts: those of the command line, or those of a file.")
+    parser = chat_parser("generate", "Answer prompts: those of the command line, or those of a file.")
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to ask; after -- it may begin with a dash")
     parser.add_argument(
         "--input_file", metavar="F", help='JSONL: rows as for training, answers left out or not; or {"prompt": ...}'
@@ -257,24 +257,24 @@ def generate_command(argv: Sequence[str]) -> int:
     sampling = sampling_of(args)
     if args.input_file:
         return answer_file(args, sampling)
-    speaker = load_from(args)
+    chat_model = load_from(args)
 
-    from minilora.data import Turn
-    from minilora.generate import answer
+    from minilora.data.formats import Turn
+    from minilora.inference.generate import answer
 
     conversations = [[Turn("user", prompt)] for prompt in args.prompts]
     if len(conversations) == 1:
-        answer(speaker, conversations, sampling, on_text=lambda text: print(text, end="", flush=True))
+        answer(chat_model, conversations, sampling, on_text=lambda text: print(text, end="", flush=True))
         print()
         return 0
-    for prompt, text in zip(args.prompts, answer(speaker, conversations, sampling), strict=True):
+    for prompt, text in zip(args.prompts, answer(chat_model, conversations, sampling), strict=True):
         print(f"> {prompt}\n{text}\n")
     return 0
 
 
 def answer_file(args: argparse.Namespace, sampling: Any) -> int:
     """minilora generate --input_file; whatever is wrong with the files is found before the model is loaded."""
-    from minilora.questions import check_output, read_questions, write_answers
+    from minilora.inference.answer_file import check_output, read_questions, write_answers
 
     source, output = Path(args.input_file).expanduser(), Path(args.output_file).expanduser()
     questions = read_questions(source)
@@ -286,7 +286,7 @@ def answer_file(args: argparse.Namespace, sampling: Any) -> int:
 
 def chat_command(argv: Sequence[str]) -> int:
     """minilora chat"""
-    parser = speaker_parser(
+    parser = chat_parser(
         "chat",
         "Talk to a model. /new forgets the conversation, /quit or end of file leaves; with adapters, /adapter NAME "
         "switches and /base lets the base answer the last prompt.",
@@ -295,12 +295,12 @@ def chat_command(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     sampling = sampling_of(args)
 
-    from minilora.adapters import load_several, named_folders
-    from minilora.chat import Chat
+    from minilora.inference.chat import Chat
+    from minilora.inference.multi_adapter import load_several, named_folders
 
     how = (args.dtype, args.device, args.system_prompt, args.allow_other_base)
-    speaker, adapters = load_several(named_folders(args.adapter), args.model, *how)
-    Chat(speaker, adapters, sampling, fixed_prompt=args.system_prompt is not None).talk()
+    chat_model, adapters = load_several(named_folders(args.adapter), args.model, *how)
+    Chat(chat_model, adapters, sampling, fixed_prompt=args.system_prompt is not None).talk()
     return 0
 
 
@@ -326,7 +326,7 @@ def eval_command(argv: Sequence[str]) -> int:
     at_least(args, 1, "batch_size")
     at_least(args, 2, "max_length")
 
-    from minilora.evaluate import Request, evaluate, save, table
+    from minilora.inference.evaluate import Request, evaluate, save, table
 
     output = file_to_write("json", args.json)
     asked = {key: value for key, value in vars(args).items() if key != "json"}
@@ -347,7 +347,7 @@ def merge_command(argv: Sequence[str]) -> int:
     parser.add_argument("--allow_other_base", action="store_true", help="merge into a base it was not trained on")
     args = parser.parse(argv)
 
-    from minilora.merge import merge
+    from minilora.adapters.merge import merge
 
     agreement = merge(
         Path(os.path.expanduser(args.adapter)),
@@ -376,8 +376,8 @@ def export_command(argv: Sequence[str]) -> int:
     )
     args = parser.parse(argv)
 
-    from minilora.adapter import read_metadata
-    from minilora.export import export_portable, how_to_use
+    from minilora.adapters.export import export_portable, how_to_use
+    from minilora.adapters.format import read_metadata
 
     output = Path(args.output_dir).expanduser()
     config = export_portable(Path(args.adapter).expanduser(), output)
@@ -395,7 +395,7 @@ def verify_command(argv: Sequence[str]) -> int:
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     args = parser.parse(argv)
 
-    from minilora.export import verify
+    from minilora.tools.verify import verify
 
     verdict = verify(Path(args.adapter).expanduser(), args.model, args.device)
     base = "the base it was trained on" if verdict.same_base else "it does not say on which base it was trained"
@@ -426,16 +426,16 @@ def inspect_command(argv: Sequence[str]) -> int:
     if args.raw and args.system_prompt is not None:
         raise ConfigError("--raw takes the text alone: leave --system_prompt out")
     html, json = file_to_write("html", args.html), file_to_write("json", args.json)
-    speaker = load_from(args)
+    chat_model = load_from(args)
 
-    from minilora import look
+    from minilora.tools import inspect as inspection
 
-    found = look.inspect(speaker, args.text, args.raw, args.top_k)
-    look.show(found)
+    found = inspection.inspect(chat_model, args.text, args.raw, args.top_k)
+    inspection.show(found)
     if html is not None:
-        look.save_page(found, args.adapter or args.model, html)
+        inspection.save_page(found, args.adapter or args.model, html)
     if json is not None:
-        look.save_json(found, json)
+        inspection.save_json(found, json)
     return 0
 
 
@@ -457,7 +457,7 @@ def preview_command(argv: Sequence[str]) -> int:
     html = file_to_write("html", args.html)
     config = config_of(None, {name: value for name, value in vars(args).items() if name in keys})
 
-    from minilora import preview
+    from minilora.tools import preview
 
     found = preview.preview(os.path.expanduser(args.file), config, args.rows, args.from_line)
     preview.show(found)
@@ -475,7 +475,7 @@ def doctor_command(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", metavar="DIR", default="runs", help="where runs are to go (default: runs)")
     args = parser.parse(argv)
 
-    from minilora.doctor import Asked, doctor
+    from minilora.tools.doctor import Asked, doctor
 
     return doctor(Asked(args.model, args.output_dir))
 
@@ -490,7 +490,7 @@ def report_command(argv: Sequence[str]) -> int:
     folders = [Path(os.path.expanduser(run)) for run in args.runs]
     html = file_to_write("html", args.html)
 
-    from minilora import report
+    from minilora.training import report
 
     if html is None:
         html = (folders[0] if len(folders) == 1 else Path()) / report.REPORT

@@ -20,7 +20,11 @@ from minilora.errors import ConfigError
 DEVICE = r"auto|cpu|cuda(:\d{1,3})?"
 MAX_TOML_BYTES = 2**20
 SHORT = reprlib.Repr()
+
+
 SHORT.maxstring = SHORT.maxother = 120
+
+
 PRESET_DIR = Path(__file__).parent / "presets"
 PATHS = ("model", "train_file", "eval_file", "output_dir", "resume", "adapter")
 LORA_ONLY = (  # refused with method full; r, alpha, dropout and targets, which presets set, are not looked at

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from minilora.config import TrainConfig
-from minilora.data import IGNORE, Example
-from minilora.dataset import Dataset
-from minilora.dist import whole
+from minilora.data.dataset import IGNORE, Dataset, Example
+from minilora.decoder import head_weight, hidden_states, packed
+from minilora.distributed.world import full_tensor
 from minilora.errors import StoppedError
-from minilora.finish import Summary, finish
 from minilora.loss import token_loss
-from minilora.memory import free_cached
-from minilora.model import head_weight, hidden_states, packed
 from minilora.optim import learning_rate
-from minilora.record import out_of_memory, record_evaluation, record_step, save_checkpoint, shrink_budget, skip, stopped
-from minilora.run import Run, prepare
-from minilora.stopping import StopRequest
+from minilora.training.finish import Summary, finish
+from minilora.training.recovery import out_of_memory, shrink_budget, skip, stopped
+from minilora.training.run import Run
+from minilora.training.saving import record_evaluation, record_step, save_checkpoint
+from minilora.training.setup import prepare
+from minilora.training.signals import StopRequest
+from minilora.utils.device import free_cached
 
 
 def train(config: TrainConfig) -> Summary:
@@ -30,7 +31,7 @@ def train(config: TrainConfig) -> Summary:
         run = prepare(config, stop, held)
         state, schedule = run.state, run.schedule
         try:
-            with run.world.together():
+            with run.world.raise_on_all_ranks():
                 while True:
                     evaluate_and_save(run)
                     if state.step >= schedule.num_steps:
@@ -74,7 +75,7 @@ def train_step(run: Run) -> dict[str, Any]:
 
     mean_loss = gradients(run, examples, num_supervised)
     params = [param for param in run.model.parameters() if param.grad is not None]
-    norm = whole(nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf))
+    norm = full_tensor(nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf))
     loss, grad_norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()  # the step's one wait for the device
     if math.isfinite(loss) and math.isfinite(grad_norm):
         for group in run.optimizer.param_groups:
@@ -110,7 +111,7 @@ def gradients(run: Run, examples: list[Example], num_supervised: int) -> Tensor:
         except (RuntimeError, MemoryError) as error:
             no_memory = out_of_memory(run, error)
         if not run.world.any(no_memory):
-            return run.world.add_up(run.model.parameters(), loss)
+            return run.world.all_reduce_gradients(run.model.parameters(), loss)
         run.optimizer.zero_grad(set_to_none=True)
         hidden = nats = loss  # they held on to what the failed backward pass had not reached
         free_cached(run.device)

@@ -11,10 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minilora.dropout import draw_dropped, zero_, zeroed
 from minilora.errors import ConfigError
-from minilora.flavours import dora_linear, weight_norm
-from minilora.quant import is_quantised
+from minilora.kernels import draw_dropped, zero_, zeroed
+from minilora.lora_variants import dora_linear, weight_norm
+
+
+def is_quantised(layer: nn.Linear) -> bool:
+    """Whether a layer's weight is held in 4 or 8 bits."""
+    return not layer.weight.is_floating_point()
+
 
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor]  # W (out, in), b (out,), A (rank, in), B (out, rank)
 

@@ -19,13 +19,18 @@ import worlds
 from hypothesis import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minilora import adapter, demo, loop, model, output, run
+from minilora import demo, loop
+from minilora.adapters import format as adapter_format
 from minilora.config import TrainConfig
-from minilora.data import IGNORE, Example
+from minilora.data.dataset import IGNORE, Example
 from minilora.lora import inject, lora_layers
-from minilora.predict import Choice
-from minilora.run import Run, prepare
-from minilora.stopping import StopRequest
+from minilora.models import fingerprint, probe
+from minilora.models import load as loading
+from minilora.training import finish, setup
+from minilora.training.memory_estimate import Choice
+from minilora.training.run import Run
+from minilora.training.setup import prepare
+from minilora.training.signals import StopRequest
 
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "minilora-hypothesis"))
 settings.register_profile("minilora", database=None, derandomize=True, deadline=None)
@@ -57,7 +62,7 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(demo.DEMO_DIR / name, folder)
-    tokenizer = model.load_tokenizer(folder)
+    tokenizer = loading.load_tokenizer(folder)
     config = Qwen2Config(
         hidden_size=64,
         intermediate_size=96,
@@ -82,7 +87,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def _loaded(tiny_folder):
-    return functools.cache(lambda dtype: model.load_model(tiny_folder, dtype, CPU))
+    return functools.cache(lambda dtype: loading.load_model(tiny_folder, dtype, CPU))
 
 
 @pytest.fixture
@@ -94,7 +99,7 @@ def load_tiny(_loaded):
 @pytest.fixture
 def mute(monkeypatch):
     """Runs let no model speak at their end."""
-    monkeypatch.setattr(output, "sample_answers", lambda speaker: [""] * len(output.SAMPLE_PROMPTS))
+    monkeypatch.setattr(finish, "sample_answers", lambda chat_model: [""] * len(probe.SAMPLE_PROMPTS))
 
 
 @contextmanager
@@ -105,8 +110,8 @@ def bare_runs():
         return Choice(asked or most, setup.checkpointing, None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output, "sample_answers", lambda speaker: [""] * len(output.SAMPLE_PROMPTS))
-        patch.setattr(run, "choose_cut", cut)
+        patch.setattr(finish, "sample_answers", lambda chat_model: [""] * len(probe.SAMPLE_PROMPTS))
+        patch.setattr(setup, "choose_cut", cut)
         yield
 
 
@@ -262,11 +267,11 @@ def save_random_adapter(module, folder: Path, base, targets, rank=4, alpha=8, pr
 
     how: seed and std of the values, rslora, dora
     """
-    identity, flavour = model.fingerprint(module), {key: how.get(key, False) for key in ("rslora", "dora")}
+    identity, flavour = fingerprint.fingerprint(module), {key: how.get(key, False) for key in ("rslora", "dora")}
     inject(module, targets, rank, alpha, 0.05, **flavour)
     randomize_lora(module, how.get("seed", 1), how.get("std", 0.1))
-    settings = adapter.AdapterConfig(str(base), rank, alpha, 0.05, tuple(targets), **flavour)
-    adapter.save(folder, module, settings, {"base_fingerprint": identity, "system_prompt": prompt})
+    settings = adapter_format.AdapterConfig(str(base), rank, alpha, 0.05, tuple(targets), **flavour)
+    adapter_format.save(folder, module, settings, {"base_fingerprint": identity, "system_prompt": prompt})
 
 
 class Sizes(TorchDispatchMode):

@@ -340,10 +340,15 @@ def _child(request: dict) -> None:
         if request.get("plain_root"):
             give_up_overriding_permissions()
         if request.get("silent"):
-            from minilora import output, predict, run
+            from minilora.inference import generate
+            from minilora.models import probe
+            from minilora.training import memory_estimate
+            from minilora.training import run as training_run
 
-            output.sample_answers = lambda speaker: [""] * len(output.SAMPLE_PROMPTS)
-            run.choose_cut = lambda setup, rows, schedule, asked, most: predict.Choice(asked or most, False, None)
+            generate.sample_answers = lambda chat_model: [""] * len(probe.SAMPLE_PROMPTS)
+            training_run.choose_cut = lambda setup, rows, schedule, asked, most: memory_estimate.Choice(
+                asked or most, False, None
+            )
         if "full" in request:
             fill(request["full"])
         injector = None

@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-from minilora.page import POLICY
+from minilora.utils.html import POLICY
 
 EMPTY = {"meta"}  # elements without an end
 ALLOWED = {

@@ -10,10 +10,10 @@ from conftest import Sizes, random_examples, randomize_lora, relative_error
 
 from minilora.attention import PACKED, Layout, packed_attention, plain_attention
 from minilora.batching import collate
-from minilora.data import IGNORE, Example
+from minilora.data.dataset import IGNORE, Example
+from minilora.decoder import head_weight, hidden_states, packed
 from minilora.lora import inject, lora_layers
 from minilora.loss import token_loss
-from minilora.model import head_weight, hidden_states, packed
 
 LENGTHS = [17, 2, 40, 9, 26]
 

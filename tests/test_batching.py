@@ -11,8 +11,9 @@ from conftest import random_examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.batching import Schedule, collate, common_prefix, cut, epoch_order, make_schedule, micro_batches
-from minilora.data import IGNORE, Example
+from minilora.batching import collate, common_prefix, micro_batches, pack
+from minilora.data.dataset import IGNORE, Example
+from minilora.data.sampler import Schedule, epoch_order, make_schedule
 
 quick = settings(max_examples=60)
 
@@ -140,7 +141,7 @@ lengths_and_budget = st.tuples(st.lists(st.integers(1, 60), max_size=40), st.int
 @given(lengths_and_budget)
 def test_cut_is_a_partition_within_the_budget(case):
     lengths, budget = case
-    bins = cut(lengths, budget)
+    bins = pack(lengths, budget)
     assert sorted(i for part in bins for i in part) == list(range(len(lengths)))
     for part in bins:
         assert part
@@ -151,7 +152,7 @@ def test_cut_is_a_partition_within_the_budget(case):
 @given(lengths_and_budget)
 def test_cut_is_the_same_each_time_and_for_arrays(case):
     lengths, budget = case
-    assert cut(lengths, budget) == cut(list(lengths), budget) == cut(np.asarray(lengths, dtype=np.int64), budget)
+    assert pack(lengths, budget) == pack(list(lengths), budget) == pack(np.asarray(lengths, dtype=np.int64), budget)
 
 
 @quick
@@ -159,13 +160,13 @@ def test_cut_is_the_same_each_time_and_for_arrays(case):
 def test_cut_wastes_little(case):
     """No two micro-batches could be one: what best fit promises."""
     lengths, budget = case
-    loads = sorted(sum(lengths[i] for i in part) for part in cut(lengths, budget))
+    loads = sorted(sum(lengths[i] for i in part) for part in pack(lengths, budget))
     assert all(a + b > budget for a, b in itertools.pairwise(loads))
 
 
 def test_cut_takes_the_best_fit():
     """50 and 30 leave 10 and 30 of 60; the 10 goes where it fits exactly, so that another 30 still has room."""
-    bins = cut([50, 30, 30, 10], 60)
+    bins = pack([50, 30, 30, 10], 60)
     assert [sorted(part) for part in bins] == [[0, 3], [1, 2]]
 
 

@@ -16,8 +16,11 @@ import pytest
 from conftest import write_jsonl
 
 import minilora
-from minilora import cli, demo, errors, generate, model, runlog
-from minilora.data import Turn
+from minilora import cli, demo, errors
+from minilora.data.formats import Turn
+from minilora.inference import generate
+from minilora.models import load as loading
+from minilora.utils import terminal
 
 ROOT = Path(minilora.__file__).parent.parent
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -63,7 +66,11 @@ def no_model(monkeypatch):
     def load(*args, **keys):
         raise AssertionError("a model was loaded before the mistake was found")
 
-    for place in ("minilora.run.load_model", "minilora.model.load_model", "minilora.generate.load_speaker"):
+    for place in (
+        "minilora.training.setup.load_model",
+        "minilora.models.load.load_model",
+        "minilora.inference.generate.load_chat_model",
+    ):
         monkeypatch.setattr(place, load)
 
 
@@ -176,7 +183,7 @@ def test_numbers_that_cannot_be_sampled_with(flags, no_model, capsys):
 
 
 def test_bad_data_is_found_before_the_model_is_loaded(no_model, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("minilora.run.find_model", lambda name: pytest.fail("the model was looked for"))
+    monkeypatch.setattr("minilora.training.setup.find_model", lambda name: pytest.fail("the model was looked for"))
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\nnonsense\n{"instruction": "a"}\n')
     for flags in (["--train_file", path], ["--train_file", write_jsonl(tmp_path / "t.jsonl", 3), "--eval_file", path]):
@@ -234,7 +241,7 @@ def test_models_that_are_no_models(capsys, tmp_path):
 
 def test_an_offline_hub_is_not_asked(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(model, "hub_answers", lambda name: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(loading, "hub_answers", lambda name: pytest.fail("the hub was asked"))
     assert "HF_HUB_OFFLINE is set" in mistake(capsys, "generate", "--model", "no-such-owner/no-such-model", "hello")
 
 
@@ -325,8 +332,8 @@ def bare(monkeypatch):
 
     def call(cached, why, *argv):
         asked = []
-        monkeypatch.setattr(model, "cached_model", lambda name: asked.append(name) or cached)
-        monkeypatch.setattr(model, "hub_answers", lambda name: asked.append(name) or why)
+        monkeypatch.setattr(loading, "cached_model", lambda name: asked.append(name) or cached)
+        monkeypatch.setattr(loading, "hub_answers", lambda name: asked.append(name) or why)
         assert cli.main(["train", *argv]) == 0
         return seen.pop(), asked
 
@@ -383,10 +390,10 @@ class GoodHub:
 )
 def test_the_hub_is_asked_and_not_waited_for(hub, answer, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", hub)
-    assert model.HUB_TIMEOUT_S == 3
-    monkeypatch.setattr(model, "HUB_TIMEOUT_S", 0.2)
+    assert loading.HUB_TIMEOUT_S == 3
+    monkeypatch.setattr(loading, "HUB_TIMEOUT_S", 0.2)
     started = time.perf_counter()
-    said = model.hub_answers("Qwen/Qwen2-0.5B-Instruct")
+    said = loading.hub_answers("Qwen/Qwen2-0.5B-Instruct")
     assert time.perf_counter() - started < 5
     assert said == (f"the hub {answer}" if answer else "")
 
@@ -403,7 +410,7 @@ def uninterrupted(tmp_path_factory):
     """The adapter's bytes of a demo run that nobody stopped."""
     run = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minilora.output.sample_answers", lambda speaker: [""] * 3)
+        patch.setattr("minilora.inference.generate.sample_answers", lambda chat_model: [""] * 3)
         assert cli.main(["train", *DEMO_RUN, "--output_dir", str(run)]) == 0
     return (run / ADAPTER).read_bytes()
 
@@ -467,10 +474,10 @@ def test_no_color_and_terminals(no_color, coloured, monkeypatch):
         monkeypatch.setenv("NO_COLOR", no_color)
     for stream, expected in ((Terminal(), coloured), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stdout", stream)
-        runlog.say("run", "here")
+        terminal.say("run", "here")
         assert ("\x1b" in stream.getvalue()) == expected
         assert re.sub(r"\x1b\[\d+m", "", stream.getvalue()) == "run          here\n"
-        assert ("\x1b" in runlog.style("x", "32")) == expected
+        assert ("\x1b" in terminal.style("x", "32")) == expected
 
 
 # -------------------------------------------------------------------------------------- generate and chat
@@ -482,9 +489,9 @@ def conversations(monkeypatch):
     asked = []
     really = generate.answer
 
-    def answer(speaker, turns_of, sampling, on_text=None):
+    def answer(chat_model, turns_of, sampling, on_text=None):
         asked.extend([[*turns] for turns in turns_of])
-        return really(speaker, turns_of, sampling, on_text)
+        return really(chat_model, turns_of, sampling, on_text)
 
     monkeypatch.setattr(generate, "answer", answer)
     return asked

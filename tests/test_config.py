@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import minilora
-from minilora import adapter, cli
+from minilora import cli
+from minilora.adapters import format as adapter_format
 from minilora.config import FIELDS, TARGET_GROUPS, TYPES, TrainConfig, choices, resolve
 from minilora.errors import CheckpointError, ConfigError
 
@@ -121,7 +122,7 @@ def test_every_field_by_flag_and_by_toml(name, called_with, tmp_path, monkeypatc
         monkeypatch.chdir(tmp_path)
         default = TrainConfig()
         shape = (default.lora_r, default.lora_alpha, default.lora_dropout, default.target_modules, False)
-        adapter.write(Path("mine"), {"x": torch.zeros(1)}, adapter.AdapterConfig("", *shape), {})
+        adapter_format.write(Path("mine"), {"x": torch.zeros(1)}, adapter_format.AdapterConfig("", *shape), {})
     expected = {name: value, **besides}
     if name == "adapter":
         expected["target_modules"] = tuple(sorted(ATTN))
@@ -617,7 +618,7 @@ def keys_used(tree):
 def test_every_field_has_an_effect():
     """Each is read somewhere outside config.py, directly or by a property of TrainConfig; a dead flag is a bug."""
     used, trees = set(), {}
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         trees[path.stem] = ast.parse(path.read_text("utf-8"))
         text = path.read_text("utf-8")  # adapter.py and others have configs of their own
         takes_it = "TrainConfig" in text or "import Run" in text

@@ -17,15 +17,24 @@ import torch.nn.functional as F
 from conftest import CPU, ROOT, first_step, gradients_of, randomize_lora, relative_error, trained, write_jsonl
 from safetensors.torch import load_file
 
-from minilora import adapter, checkpoint, cli, generate, loop, lora, memory, model, output, record, rundir, runlog
+from minilora import cli, decoder, loop, lora
+from minilora.adapters import format as adapter_format
 from minilora.attention import Layout
-from minilora.batching import Part, Schedule, common_prefix, cut, make_schedule, mixed
+from minilora.batching import common_prefix, pack
 from minilora.config import TrainConfig, resolve
-from minilora.data import ChatMarkup, Question, Turn
-from minilora.dataset import make_columns
+from minilora.data.build import make_sets, read_sources
+from minilora.data.dataset import make_columns
+from minilora.data.formats import Question, Turn
+from minilora.data.markup import ChatMarkup
+from minilora.data.sampler import Part, Schedule, make_schedule, mixed
 from minilora.errors import CheckpointError, ConfigError, DataError
-from minilora.generate import Sampling, Speaker
-from minilora.sources import make_sets, read_sources
+from minilora.inference import generate
+from minilora.inference.generate import ChatModel, Sampling
+from minilora.models import fingerprint
+from minilora.models import load as loading
+from minilora.training import checkpoint, rundir, saving
+from minilora.training import log as run_log
+from minilora.utils import device, terminal
 
 pytestmark = pytest.mark.usefixtures("bare_run")
 WHOLE_STEP = 10**6
@@ -61,7 +70,7 @@ def neftune_gradients(oracle, run, share):
     """The paper's formula, each example by itself: embedding + alpha / sqrt(L d) u, u drawn as one run of uniforms."""
     examples, supervised = first_step(run)
     shared = common_prefix(examples) if share else 0
-    (order,) = cut([len(example.input_ids) - 1 - shared for example in examples], WHOLE_STEP)
+    (order,) = pack([len(example.input_ids) - 1 - shared for example in examples], WHOLE_STEP)
     width = oracle.config.hidden_size
     lengths = [len(examples[i].input_ids) - 1 for i in order]
     tokens = shared + sum(length - shared for length in lengths)
@@ -110,7 +119,7 @@ def test_the_noise_is_the_papers_for_each_example_of_a_packed_step(start, load_t
 def test_the_noise_fills_its_bounds_and_no_more():
     layout, width = Layout((4, 40), prefix=10, padding=2), 512
     torch.manual_seed(0)
-    noise = model.embedding_noise(torch.zeros(1, 56, width, dtype=torch.bfloat16), layout, 3.0)
+    noise = decoder.embedding_noise(torch.zeros(1, 56, width, dtype=torch.bfloat16), layout, 3.0)
     assert noise.dtype == torch.bfloat16
     assert not noise[0, 54:].any()
     most = {length: 3.0 / math.sqrt(length * width) for length in (14, 50)}
@@ -392,7 +401,7 @@ def test_a_run_without_repeats_is_the_run_of_a_file_that_has_none(make_config, t
 
 
 def test_rows_of_the_evaluation_set_among_those_of_training_are_told(make_config, tiny_folder, tmp_path):
-    markup = ChatMarkup(model.load_tokenizer(tiny_folder))
+    markup = ChatMarkup(loading.load_tokenizer(tiny_folder))
 
     def sets_of(**keys):
         config = make_config(**keys)
@@ -428,7 +437,7 @@ def samples_in(folder):
 
 
 def test_the_first_questions_are_answered_at_each_evaluation(make_config, tmp_path, load_tiny, capsys, monkeypatch):
-    monkeypatch.setattr(output, "SAMPLE_TOKENS", 6)
+    monkeypatch.setattr(generate, "SAMPLE_TOKENS", 6)
     valid = write_jsonl(tmp_path / "valid.jsonl", 5, seed=9)
     config = make_config(eval_file=str(valid), eval_samples=3, eval_steps=2, save_steps=1, save_total_limit=0)
     loop.train(config)
@@ -445,11 +454,11 @@ def test_the_first_questions_are_answered_at_each_evaluation(make_config, tmp_pa
     )
 
     tiny = load_tiny()
-    adapter.load(tiny, Path(config.output_dir) / "adapter", model.fingerprint(tiny))
-    tokenizer = model.load_tokenizer(Path(config.model))
-    speaker = Speaker(tiny.eval(), tokenizer, ChatMarkup(tokenizer), config.system_prompt)
+    adapter_format.load(tiny, Path(config.output_dir) / "adapter", fingerprint.fingerprint(tiny))
+    tokenizer = loading.load_tokenizer(Path(config.model))
+    chat_model = ChatModel(tiny.eval(), tokenizer, ChatMarkup(tokenizer), config.system_prompt)
     turns = [[Turn("user", row["instruction"])] for row in rows]
-    expected = generate.answer(speaker, turns, Sampling(max_new_tokens=6))
+    expected = generate.answer(chat_model, turns, Sampling(max_new_tokens=6))
     assert [record["answer"] for record in found[-3:]] == expected
     assert any(old["answer"] != new["answer"] for old, new in zip(found[:3], found[-3:], strict=True))
 
@@ -457,7 +466,7 @@ def test_the_first_questions_are_answered_at_each_evaluation(make_config, tmp_pa
 def test_answers_change_nothing_of_what_is_trained_and_a_resumed_run_gives_them_once(
     make_config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(output, "SAMPLE_TOKENS", 3)
+    monkeypatch.setattr(generate, "SAMPLE_TOKENS", 3)
     keys = {"val_size": 0.3, "eval_steps": 1, "lora_dropout": 0.2, "save_steps": 2, "save_total_limit": 0}
     found = {}
     for count in (0, 2):
@@ -498,8 +507,8 @@ def test_a_prompt_that_just_fits_is_answered_with_what_is_left(start, tmp_path):
     turns = (Turn("user", ""),)
     while len(run.markup.prompt_ids(turns, run.config.system_prompt)) < room:
         turns = (Turn("user", turns[0].content + " red"),)
-    speaker = Speaker(run.model.eval(), run.tokenizer, run.markup, run.config.system_prompt)
-    (text,) = output.short_answers(speaker, [turns])
+    chat_model = ChatModel(run.model.eval(), run.tokenizer, run.markup, run.config.system_prompt)
+    (text,) = generate.short_answers(chat_model, [turns])
     assert len(run.tokenizer(text)["input_ids"]) <= 2
 
 
@@ -507,7 +516,7 @@ def test_too_little_memory_for_answers_ends_no_run(make_config, monkeypatch, cap
     def answer(*_):
         raise torch.OutOfMemoryError("planted")
 
-    monkeypatch.setattr(output, "answer", answer)
+    monkeypatch.setattr(generate, "answer", answer)
     config = make_config(val_size=0.2, eval_samples=2)
     assert loop.train(config).steps == 4
     assert "out of memory: 0 of 2 samples answered" in capsys.readouterr().out
@@ -516,31 +525,31 @@ def test_too_little_memory_for_answers_ends_no_run(make_config, monkeypatch, cap
 def test_what_training_has_freed_is_given_back_before_answers_are_computed(start, monkeypatch):
     """On a real 0.5B model the peak once rose by 0.46 GiB: the heap's holes and the answers' memory at once."""
     done = []
-    monkeypatch.setattr(record, "trim_heap", lambda device: done.append("given back"))
-    monkeypatch.setattr(output, "short_answers", lambda *_: done.append("answered") or ["x"])
+    monkeypatch.setattr(saving, "trim_heap", lambda device: done.append("given back"))
+    monkeypatch.setattr(saving, "short_answers", lambda *_: done.append("answered") or ["x"])
     run = start(val_size=0.2, eval_samples=1)
-    record.answer_questions(run)
+    saving.answer_questions(run)
     assert done == ["given back", "answered"]
     run.questions = []
-    record.answer_questions(run)
+    saving.answer_questions(run)
     assert len(done) == 2
 
 
 @pytest.mark.parametrize("own", [None, "7"])
-@pytest.mark.parametrize("name", memory.PRODUCT_CACHES)
+@pytest.mark.parametrize("name", device.PRODUCT_CACHES)
 def test_few_products_are_kept_unless_told_otherwise(name, own, tiny_folder, monkeypatch):
     monkeypatch.setenv(name, "")  # put back after the test
     monkeypatch.delenv(name)
     if own:
         monkeypatch.setenv(name, own)
-    model.load_model(tiny_folder, torch.float32, CPU)
-    assert os.environ[name] == (own or str(memory.PRODUCTS_KEPT))
+    loading.load_model(tiny_folder, torch.float32, CPU)
+    assert os.environ[name] == (own or str(device.PRODUCTS_KEPT))
 
 
 MANY_PRODUCTS = """
 import torch
 from faults import memory_now
-from minilora.memory import keep_few_products
+from minilora.utils.device import keep_few_products
 
 keep_few_products()
 weight = torch.ones(256, 256, dtype=torch.bfloat16)
@@ -562,21 +571,21 @@ def test_products_of_many_sizes_do_not_pile_up():
 
 
 def test_a_sample_is_one_line_whatever_it_holds():
-    assert runlog.one_line("a\nb\t c  \x1b[31m") == "a b c \\x1b[31m"
-    assert runlog.one_line("x" * 70) == "x" * 57 + "..."
+    assert terminal.one_line("a\nb\t c  \x1b[31m") == "a b c \\x1b[31m"
+    assert terminal.one_line("x" * 70) == "x" * 57 + "..."
 
 
 def test_a_sample_that_ends_within_a_character_ends_before_it(start, monkeypatch):
-    monkeypatch.setattr(output, "answer", lambda *_: ["一座城\ufffd\ufffd", "a city"])
+    monkeypatch.setattr(generate, "answer", lambda *_: ["一座城\ufffd\ufffd", "a city"])
     run = start()
-    speaker = Speaker(run.model.eval(), run.tokenizer, run.markup, "")
-    assert output.short_answers(speaker, [(Turn("user", "a"),)] * 2) == ["一座城", "a city"]
+    chat_model = ChatModel(run.model.eval(), run.tokenizer, run.markup, "")
+    assert generate.short_answers(chat_model, [(Turn("user", "a"),)] * 2) == ["一座城", "a city"]
 
 
 def test_the_time_that_is_left_does_not_count_the_first_evaluation(tmp_path, monkeypatch, capsys):
     clock = [0.0]
-    monkeypatch.setattr(runlog.time, "monotonic", lambda: clock[0])
-    log = runlog.RunLog(tmp_path, 0, -1, 5, 10)
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: clock[0])
+    log = run_log.RunLog(tmp_path, 0, -1, 5, 10)
     clock[0] = 100.0
     log.evaluation({"step": 0, "eval_loss": 2.0}, None)
     clock[0] = 110.0
@@ -619,7 +628,7 @@ def test_the_curves_are_those_of_the_metrics_also_of_a_resumed_run(make_config, 
         folder = Path(each.output_dir)
         records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         found = curves(folder / "tensorboard")
-        assert found.keys() == {"eval/loss", *(f"train/{key}" for key in runlog.BOARD_KEYS)}
+        assert found.keys() == {"eval/loss", *(f"train/{key}" for key in run_log.BOARD_KEYS)}
         for tag, points in found.items():
             key = "eval_loss" if tag == "eval/loss" else tag.removeprefix("train/")
             expected = [(record["step"], record[key]) for record in records if key in record]
@@ -630,7 +639,7 @@ def test_the_curves_are_those_of_the_metrics_also_of_a_resumed_run(make_config, 
 
 def test_numbers_that_are_not_finite_are_left_out(tmp_path):
     pytest.importorskip("tensorboard")
-    board = runlog.Board(tmp_path / "b", 0)
+    board = run_log.Board(tmp_path / "b", 0)
     board.scalars(1, {"train/loss": 2.0, "eval/loss": None})
     board.close()
     assert curves(tmp_path / "b") == {"train/loss": [(1, 2.0)]}
@@ -646,7 +655,7 @@ def test_all_of_it_is_off_by_default():
 
 
 def test_weights_of_the_adapter_are_those_of_the_last_checkpoint_with_all_of_it_on(make_config, two_files, monkeypatch):
-    monkeypatch.setattr(output, "SAMPLE_TOKENS", 3)
+    monkeypatch.setattr(generate, "SAMPLE_TOKENS", 3)
     config = make_config(
         train_file=tuple(map(str, two_files)),
         train_weights=(1.0, 2.0),

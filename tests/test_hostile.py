@@ -25,14 +25,21 @@ from conftest import CPU, save_random_adapter, write_jsonl
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minilora import adapter, checkpoint, cli, files, loop, merge, model, rundir
-from minilora.checkpoint import MANIFEST, MOMENTS, STATE, WEIGHTS, Identity, TrainState
+from minilora import cli, loop
+from minilora.adapters import format as adapter_format
+from minilora.adapters import merge
 from minilora.config import FIELDS, TrainConfig, resolve
-from minilora.data import Turn, read_rows
+from minilora.data.formats import Turn
+from minilora.data.rows import read_rows
 from minilora.errors import AdapterError, CheckpointError, ConfigError, MiniloraError, ModelError
-from minilora.generate import Sampling, answer, load_speaker
+from minilora.inference.generate import Sampling, answer, load_chat_model
 from minilora.lora import inject
+from minilora.models import fingerprint
+from minilora.models import load as loading
 from minilora.optim import make_optimizer
+from minilora.training import checkpoint, rundir
+from minilora.training.checkpoint import MANIFEST, MOMENTS, STATE, WEIGHTS, Identity, TrainState
+from minilora.utils import files
 
 MAX_SECONDS = 1.0  # of this process's CPU: a busy machine is no fault of ours
 MAX_BYTES = 200 * 2**20
@@ -116,13 +123,13 @@ def sign(path: Path, manifest: dict | None = None, **changes) -> None:
 
 @pytest.fixture(scope="module")
 def base(tiny_folder):
-    return model.load_model(tiny_folder, torch.float32, CPU)
+    return loading.load_model(tiny_folder, torch.float32, CPU)
 
 
 @pytest.fixture(scope="module")
 def good_adapter(tiny_folder, tmp_path_factory) -> Path:
     """The adapter of a tiny model, rank 2 on q_proj: 4 small tensors."""
-    tiny = model.load_model(tiny_folder, torch.float32, CPU)
+    tiny = loading.load_model(tiny_folder, torch.float32, CPU)
     folder = tmp_path_factory.mktemp("good") / "adapter"
     save_random_adapter(tiny, folder, tiny_folder, ("q_proj",), rank=2, alpha=4)
     return folder
@@ -136,12 +143,12 @@ def hostile(good_adapter, tmp_path) -> Path:
 
 def read_adapter(folder: Path, base) -> None:
     """Everything that loading an adapter reads, but for putting it into the model."""
-    config = adapter.read_config(folder)
-    adapter.check_base(folder, config, model.fingerprint(base), False)
+    config = adapter_format.read_config(folder)
+    adapter_format.check_base(folder, config, fingerprint.fingerprint(base), False)
     shapes = {
         f"{n}.weight": (m.out_features, m.in_features) for n, m in base.named_modules() if isinstance(m, nn.Linear)
     }
-    adapter.read_updates(folder, config, shapes)
+    adapter_format.read_updates(folder, config, shapes)
 
 
 # ---------------------------------------------------------------------------------------- safetensors
@@ -235,7 +242,7 @@ def places_in_its_stead(path: Path) -> dict:
 
 
 def test_hostile_safetensors_as_an_adapter(hostile, base):
-    path = hostile / adapter.WEIGHTS
+    path = hostile / adapter_format.WEIGHTS
     cases = spoilt_safetensors(path.read_bytes())
     read_adapter(hostile, base)
     bad = {}
@@ -291,7 +298,7 @@ def test_hostile_safetensors_as_a_base(tiny_folder, tmp_path):
     cases = {what: content for what, content in spoilt_safetensors(whole, names=3000).items() if what not in harmless}
     for what, content in cases.items():
         path.write_bytes(content)
-        error, wrong = attempt(lambda: model.load_model(folder, torch.float32, CPU), ModelError)
+        error, wrong = attempt(lambda: loading.load_model(folder, torch.float32, CPU), ModelError)
         if error is None:
             wrong.append("loaded")
         elif str(folder) not in str(error):
@@ -312,8 +319,8 @@ def test_what_is_no_file(hostile, base, tmp_path):
     run.mkdir()
     (run / "config.json").write_text("{}")
     readers = {
-        hostile / adapter.CONFIG: lambda: read_adapter(hostile, base),
-        hostile / adapter.WEIGHTS: lambda: read_adapter(hostile, base),
+        hostile / adapter_format.CONFIG: lambda: read_adapter(hostile, base),
+        hostile / adapter_format.WEIGHTS: lambda: read_adapter(hostile, base),
         saved / MANIFEST: lambda: small.load(saved),
         saved / STATE: lambda: small.load(saved),
         saved / WEIGHTS: lambda: small.load(saved),
@@ -461,7 +468,7 @@ class Tally:
 READ_BY_US = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "base_model_name_or_path")
 
 
-def odd_adapter(config: adapter.AdapterConfig) -> str:
+def odd_adapter(config: adapter_format.AdapterConfig) -> str:
     fields = (config.base_model, config.rank, config.alpha, config.dropout, config.rslora, *config.target_modules)
     kinds = (str, int, int, float, bool, *(str for _ in config.target_modules))
     fine = all(type(value) is kind for value, kind in zip(fields, kinds, strict=True))
@@ -469,16 +476,16 @@ def odd_adapter(config: adapter.AdapterConfig) -> str:
 
 
 def test_mutated_adapter_config(hostile, base):
-    path = hostile / adapter.CONFIG
+    path = hostile / adapter_format.CONFIG
     good, rng = json.loads(path.read_text()), random.Random(1)
     tally = Tally("mutated adapter_config.json", MUTATIONS * 3 // 10)
 
     def work():
         read_adapter(hostile, base)
-        return adapter.read_config(hostile)
+        return adapter_format.read_config(hostile)
 
     for i in range(tally.total):
-        path.write_bytes(as_bytes(mutate(good, rng, (*READ_BY_US, *adapter.NEUTRAL)), rng))
+        path.write_bytes(as_bytes(mutate(good, rng, (*READ_BY_US, *adapter_format.NEUTRAL)), rng))
         tally.judge(i, work, (str(hostile),), AdapterError, odd_adapter)
     tally.report()
 
@@ -591,7 +598,7 @@ def test_mutated_toml(tmp_path):
 @pytest.mark.parametrize("content", [b"[" * 4_000_000, b'"' * 4_000_000])
 def test_a_large_file_is_refused_as_fast_as_a_small_one(hostile, base, content):
     """Four megabytes are still read; looking at them one byte after the other takes most of a second."""
-    path = hostile / adapter.CONFIG
+    path = hostile / adapter_format.CONFIG
     path.write_bytes(content)
     error, wrong = attempt(lambda: read_adapter(hostile, base), AdapterError)
     assert str(path) in str(error) or str(hostile) in str(error)
@@ -606,14 +613,18 @@ def test_what_is_said_of_a_hostile_file_is_short_and_printable(hostile, capsys):
         assert cli.main(["generate", "--adapter", str(hostile), "x"]) == 2
         said.append(capsys.readouterr().err)
 
-    path = hostile / adapter.CONFIG
-    good, tensors, metadata = path.read_text(), load_file(hostile / adapter.WEIGHTS), adapter.read_metadata(hostile)
+    path = hostile / adapter_format.CONFIG
+    good, tensors, metadata = (
+        path.read_text(),
+        load_file(hostile / adapter_format.WEIGHTS),
+        adapter_format.read_metadata(hostile),
+    )
     for name in ("\x1b[2J\x1b]0;x\x07", "x" * 1_000_000):
-        save_file(tensors | {name: torch.zeros(1)}, hostile / adapter.WEIGHTS, metadata)
+        save_file(tensors | {name: torch.zeros(1)}, hostile / adapter_format.WEIGHTS, metadata)
         say()
-        save_file(tensors, hostile / adapter.WEIGHTS, metadata | {"base_fingerprint": name})
+        save_file(tensors, hostile / adapter_format.WEIGHTS, metadata | {"base_fingerprint": name})
         say()
-        save_file(tensors, hostile / adapter.WEIGHTS, metadata)
+        save_file(tensors, hostile / adapter_format.WEIGHTS, metadata)
         for key in ("target_modules", "bias", "base_model_name_or_path", "r"):
             path.write_text(json.dumps(json.loads(good) | {key: [name] if key == "target_modules" else {name: name}}))
             say()
@@ -670,8 +681,8 @@ def test_shards_elsewhere_are_not_read(tiny_folder, good_adapter, tmp_path, outs
         (base / "model.safetensors.index.json").write_text(json.dumps(index))
         watched.events()
         for what, work in {
-            "load_model": lambda: model.load_model(base, torch.float32, CPU),
-            "weight_files": lambda: model.weight_files(base),
+            "load_model": lambda: loading.load_model(base, torch.float32, CPU),
+            "weight_files": lambda: loading.weight_files(base),
             "merge": lambda: merge.merge(good_adapter, tmp_path / "merged", str(base)),
         }.items():
             error, wrong = attempt(work)
@@ -688,7 +699,7 @@ def test_an_index_that_is_none(tiny_folder, good_adapter, tmp_path):
     for content in (b"", b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"\xff", b"[" * 10**5):
         (base / "model.safetensors.index.json").write_bytes(content)
         for what, work in {
-            "weight_files": lambda: model.weight_files(base),
+            "weight_files": lambda: loading.weight_files(base),
             "merge": lambda: merge.merge(good_adapter, tmp_path / "merged", str(base)),
         }.items():
             error, wrong = attempt(work)
@@ -745,12 +756,12 @@ def test_links_planted_where_files_are_written(tmp_path, hostile, base):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "inner").mkdir(parents=True)
     (elsewhere / "inner" / "file").write_text("mine")
-    (hostile / f".{adapter.WEIGHTS}.partial").symlink_to(victim)
-    (hostile / f".{adapter.CONFIG}.partial").symlink_to(victim)
+    (hostile / f".{adapter_format.WEIGHTS}.partial").symlink_to(victim)
+    (hostile / f".{adapter_format.CONFIG}.partial").symlink_to(victim)
     (hostile / "linked").symlink_to(victim)
     try:
-        files.replace_file(hostile / adapter.WEIGHTS, [b"new"])
-        files.replace_file(hostile / adapter.CONFIG, [b"new"])
+        files.replace_file(hostile / adapter_format.WEIGHTS, [b"new"])
+        files.replace_file(hostile / adapter_format.CONFIG, [b"new"])
     except MiniloraError:
         pass
     files.replace_file(hostile / "linked", [b"new"])  # the link itself is replaced
@@ -773,14 +784,14 @@ def test_links_planted_where_files_are_written(tmp_path, hostile, base):
     "name", ["../../x", "q_proj/../x", "model.layers.0.self_attn.q_proj", "/etc/passwd", "", ".", "..", "q_proj\0"]
 )
 def test_target_modules_are_names_not_paths(hostile, base, tmp_path, name):
-    path = hostile / adapter.CONFIG
+    path = hostile / adapter_format.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": [name]}))
     before = sorted(tmp_path.rglob("*"))
     error, wrong = attempt(lambda: read_adapter(hostile, base), AdapterError)
     assert error is not None
     assert wrong == []
     with pytest.raises(MiniloraError):
-        inject(model.load_model(Path(base.config._name_or_path), torch.float32, CPU), (name,), 2, 4)
+        inject(loading.load_model(Path(base.config._name_or_path), torch.float32, CPU), (name,), 2, 4)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -794,9 +805,9 @@ def test_bases_that_an_adapter_names(hostile, outside, tmp_path, monkeypatch, na
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    path = hostile / adapter.CONFIG
+    path = hostile / adapter_format.CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
-    error, wrong = attempt(lambda: load_speaker(None, str(hostile)))
+    error, wrong = attempt(lambda: load_chat_model(None, str(hostile)))
     assert error is not None
     assert wrong == []
     assert [event for event in watched.events() if event != f"{folder}/"] == []
@@ -950,8 +961,8 @@ def test_nothing_in_a_base_is_run(tiny_folder, tmp_path, canary, attack, monkeyp
     BASE_ATTACKS[attack](folder, canary)
     monkeypatch.syspath_prepend(str(folder))  # the worst case: the folder can be imported from
     try:
-        speaker = load_speaker(str(folder), None, "float32", "cpu")
-        answer(speaker, [[Turn("user", "hello")]], Sampling(max_new_tokens=2))
+        chat_model = load_chat_model(str(folder), None, "float32", "cpu")
+        answer(chat_model, [[Turn("user", "hello")]], Sampling(max_new_tokens=2))
     except MiniloraError as error:
         assert str(folder) in str(error)
     sys.modules.pop("evil", None)
@@ -960,23 +971,23 @@ def test_nothing_in_a_base_is_run(tiny_folder, tmp_path, canary, attack, monkeyp
 ADAPTER_ATTACKS = {
     "adapter_model.bin beside it": lambda f, c: (f / "adapter_model.bin").write_bytes(pickle.dumps(Evil(c))),
     "adapter_model.bin alone": lambda f, c: os.rename(
-        f / adapter.WEIGHTS, f / "was" if (f / "adapter_model.bin").write_bytes(pickle.dumps(Evil(c))) else f
+        f / adapter_format.WEIGHTS, f / "was" if (f / "adapter_model.bin").write_bytes(pickle.dumps(Evil(c))) else f
     ),
-    "a pickle of the right name": lambda f, c: (f / adapter.WEIGHTS).write_bytes(pickle.dumps(Evil(c))),
-    "a torch file of the right name": lambda f, c: torch.save(Evil(c), f / adapter.WEIGHTS),
+    "a pickle of the right name": lambda f, c: (f / adapter_format.WEIGHTS).write_bytes(pickle.dumps(Evil(c))),
+    "a torch file of the right name": lambda f, c: torch.save(Evil(c), f / adapter_format.WEIGHTS),
     "auto_mapping and trust_remote_code": lambda f, c: edit_json(
-        f / adapter.CONFIG,
+        f / adapter_format.CONFIG,
         auto_mapping={"base_model_class": "Evil", "parent_library": "evil"},
         trust_remote_code=True,
         auto_map={"AutoModel": "evil.Evil"},
     ),
     "a runtime_config": lambda f, c: edit_json(
-        f / adapter.CONFIG, runtime_config={"x": "evil.Evil"}, layers_pattern="(a+)+$"
+        f / adapter_format.CONFIG, runtime_config={"x": "evil.Evil"}, layers_pattern="(a+)+$"
     ),
     "metadata": lambda f, c: save_file(
-        load_file(f / adapter.WEIGHTS),
-        f / adapter.WEIGHTS,
-        adapter.read_metadata(f) | {"system_prompt": jinja(c), "format": "evil"},
+        load_file(f / adapter_format.WEIGHTS),
+        f / adapter_format.WEIGHTS,
+        adapter_format.read_metadata(f) | {"system_prompt": jinja(c), "format": "evil"},
     ),
     "a chat template": lambda f, c: (f / "chat_template.jinja").write_text(jinja(c)),
 }
@@ -988,8 +999,8 @@ def test_nothing_in_an_adapter_is_run(hostile, tmp_path, canary, attack, monkeyp
     ADAPTER_ATTACKS[attack](hostile, canary)
     monkeypatch.syspath_prepend(str(hostile))
     try:
-        speaker = load_speaker(None, str(hostile), "float32", "cpu")
-        answer(speaker, [[Turn("user", "hello")]], Sampling(max_new_tokens=2))
+        chat_model = load_chat_model(None, str(hostile), "float32", "cpu")
+        answer(chat_model, [[Turn("user", "hello")]], Sampling(max_new_tokens=2))
     except MiniloraError as error:
         assert str(hostile) in str(error)
     sys.modules.pop("evil", None)

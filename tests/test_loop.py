@@ -27,11 +27,13 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from minilora import adapter, batching, checkpoint, loop, lora
-from minilora.data import IGNORE
+from minilora import batching, loop, lora
+from minilora.adapters import format as adapter_format
+from minilora.data.dataset import IGNORE
 from minilora.errors import AdapterError, ConfigError, DivergedError, OutOfMemoryError, StoppedError
 from minilora.lora import lora_layers
-from minilora.model import base_tensors
+from minilora.models.fingerprint import base_tensors
+from minilora.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("bare_run")
 WHOLE_STEP = 10**6  # a token budget that holds a step at once
@@ -72,7 +74,7 @@ def test_how_a_step_is_cut_does_not_change_its_gradient(start, method, monkeypat
     for budget in (1, 70, 100, 150, 333):
         same_gradients(gradients_of(run, budget), whole)
     for count in (1, 2, 4, 8):
-        monkeypatch.setattr(batching, "cut", in_groups_of(count))
+        monkeypatch.setattr(batching, "pack", in_groups_of(count))
         same_gradients(gradients_of(run), whole)
 
 
@@ -232,7 +234,7 @@ def test_a_run_lowers_the_loss_and_leaves_its_folder(make_config, tmp_path, tiny
     assert described["versions"]["torch"] == torch.__version__
     hashes = [hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (config.train_file, config.eval_file)]
     assert described["dataset_sha256"] == "".join(hashes)
-    metadata = adapter.read_metadata(folder / "adapter")
+    metadata = adapter_format.read_metadata(folder / "adapter")
     assert metadata["base_fingerprint"] == described["base_fingerprint"]
     assert metadata["system_prompt"] == config.system_prompt
 
@@ -340,16 +342,16 @@ def test_method_full_leaves_a_model_that_plain_transformers_loads(make_config):
 
 
 def test_a_result_that_is_not_what_was_trained_is_not_called_verified(make_config, monkeypatch):
-    save = adapter.save
+    save = adapter_format.save
 
     def save_something_else(folder, *args):
         save(folder, *args)
-        path, metadata = folder / adapter.WEIGHTS, adapter.read_metadata(folder)
+        path, metadata = folder / adapter_format.WEIGHTS, adapter_format.read_metadata(folder)
         tensors = load_file(path)
         name = next(name for name in tensors if "lora_B" in name)
         save_file(tensors | {name: tensors[name] * 1.5}, path, metadata)
 
-    monkeypatch.setattr(adapter, "save", save_something_else)
+    monkeypatch.setattr(adapter_format, "save", save_something_else)
     with pytest.raises(AdapterError, match="logits differ"):
         loop.train(make_config())
 

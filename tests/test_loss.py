@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from conftest import Sizes, random_examples, relative_error
 
 from minilora.batching import collate
-from minilora.data import IGNORE
+from minilora.data.dataset import IGNORE
+from minilora.decoder import head_weight, hidden_states, packed
 from minilora.loss import plain_loss, token_loss
-from minilora.model import head_weight, hidden_states, packed
 
 ROWS, HIDDEN, VOCABULARY = 11, 6, 37
 

@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, bare_runs, small_config, write_jsonl
 
-from minilora import checkpoint, cli, loop, rundir
+from minilora import cli, loop
 from minilora.config import TARGET_GROUPS, TrainConfig, resolve
-from minilora.data import MAX_LINE_BYTES, read_lines, read_rows
+from minilora.data.jsonl import MAX_LINE_BYTES, read_lines
+from minilora.data.rows import read_rows
 from minilora.errors import CheckpointError, ConfigError, DataError, DivergedError, StoppedError
-from minilora.run import prepare
-from minilora.stopping import StopRequest
+from minilora.training import checkpoint, rundir
+from minilora.training.setup import prepare
+from minilora.training.signals import StopRequest
 
 pytestmark = pytest.mark.usefixtures("bare_run")
 LONG = "x" * 300
@@ -158,7 +160,7 @@ def test_max_length_beyond_the_models_positions(overlong, tmp_path, start, capsy
     """max_length 1,024 on a model of 512 positions once trained on positions that the model has never seen."""
     file = rows_of(tmp_path / "rows.jsonl", {"instruction": "a", "output": "red stone " * 400})
     if overlong == "error":
-        monkeypatch.setattr("minilora.run.load_model", lambda *_: pytest.fail("the model was loaded"))
+        monkeypatch.setattr("minilora.training.setup.load_model", lambda *_: pytest.fail("the model was loaded"))
         with pytest.raises(DataError, match="more than max_length 512"):
             start(train_file=str(file), overlong=overlong)
     else:
@@ -368,7 +370,7 @@ def test_two_starts_at_once_take_two_folders(flags, make_config, tmp_path, monke
 
     monkeypatch.setattr(rundir, "RunLock", lock)
     with ExitStack() as held:
-        folder, found, _ = rundir.claim(config, held)
+        folder, found, _ = rundir.lock_run_dir(config, held)
         assert (folder, found) == (Path(f"{rundir._stem(config)}-2"), None)
     others[0].__exit__()
 
@@ -385,7 +387,7 @@ def test_a_run_that_was_made_between_choice_and_lock_is_not_overwritten(make_con
 
     monkeypatch.setattr(rundir, "RunLock", lock)
     with ExitStack() as held, pytest.raises(ConfigError, match="holds a run"):
-        rundir.claim(config, held)
+        rundir.lock_run_dir(config, held)
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -509,7 +511,7 @@ def test_nohup_is_obeyed():
 HUNG_UP = """
 import sys, time
 from minilora.errors import StoppedError
-from minilora.stopping import StopRequest
+from minilora.training.signals import StopRequest
 with StopRequest() as stop:
     print("ready", flush=True)
     try:

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora.adapters import load_several
 from minilora.config import resolve
-from minilora.data import Turn
-from minilora.generate import Sampling, answer, load_speaker, probe_logits
+from minilora.data.formats import Turn
+from minilora.inference.generate import Sampling, answer, load_chat_model
+from minilora.inference.multi_adapter import load_several
 from minilora.loop import train
-from minilora.memory import memory_bytes
+from minilora.models.probe import probe_logits
+from minilora.utils.device import memory_bytes
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(3600)]
 
@@ -89,12 +90,12 @@ def test_merged_answers_as_the_adapter_does(base, two, tmp_path):
     done = subprocess.run([*command, "--dtype", "float32"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
-    speaker = load_speaker(base, str(two[0]), "float32", "cpu")
-    expected = [answer(speaker, [each], GREEDY)[0] for each in conversations(20)]
-    plain = load_speaker(base, None, "float32", "cpu")
+    chat_model = load_chat_model(base, str(two[0]), "float32", "cpu")
+    expected = [answer(chat_model, [each], GREEDY)[0] for each in conversations(20)]
+    plain = load_chat_model(base, None, "float32", "cpu")
     without = [answer(plain, [each], GREEDY)[0] for each in conversations(20)]
     plain.model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    plain.system_prompt = speaker.system_prompt
+    plain.system_prompt = chat_model.system_prompt
     found = [answer(plain, [each], GREEDY)[0] for each in conversations(20)]
     print(f"{sum(a == b for a, b in zip(found, expected, strict=True))} of 20 agree")
     assert found == expected != without
@@ -116,28 +117,28 @@ def test_merging_is_lean(base, two, tmp_path):
 
 
 def test_batched_is_as_one_by_one(base, two):
-    speaker = load_speaker(base, str(two[0]), "float32", "cpu")
+    chat_model = load_chat_model(base, str(two[0]), "float32", "cpu")
     asked = conversations(32)
-    single = [answer(speaker, [each], GREEDY)[0] for each in asked]
-    batched = [text for start in range(0, 32, 8) for text in answer(speaker, asked[start : start + 8], GREEDY)]
+    single = [answer(chat_model, [each], GREEDY)[0] for each in asked]
+    batched = [text for start in range(0, 32, 8) for text in answer(chat_model, asked[start : start + 8], GREEDY)]
     assert batched == single
 
 
 def test_switching_a_hundred_times(base, two):
     """The same logits each time, and no memory more."""
-    speaker, adapters = load_several({"one": two[0], "other": two[1]}, base, "bfloat16", "cpu")
-    ids = speaker.markup.prompt_ids([Turn("user", ASKED[0])], speaker.system_prompt)
+    chat_model, adapters = load_several({"one": two[0], "other": two[1]}, base, "bfloat16", "cpu")
+    ids = chat_model.markup.prompt_ids([Turn("user", ASKED[0])], chat_model.system_prompt)
     first = {}
     for name in ("one", "other", None):
         adapters.use(name)
-        first[name] = probe_logits(speaker.model, ids)
+        first[name] = probe_logits(chat_model.model, ids)
     assert not torch.equal(first["one"], first["other"])
     assert not torch.equal(first["one"], first[None])
     before = memory_bytes(torch.device("cpu"))
     for turn in range(100):
         name = ("one", "other")[turn % 2]
         adapters.use(name)
-        assert torch.equal(probe_logits(speaker.model, ids), first[name])
+        assert torch.equal(probe_logits(chat_model.model, ids), first[name])
     grown = memory_bytes(torch.device("cpu")) - before
     print(f"grown by {grown / 2**20:.1f} MiB")
     assert grown < 32 * 2**20
@@ -148,16 +149,16 @@ def test_answers_no_slower_than_through_peft(base, two):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    ours = load_speaker(base, str(two[0]), "bfloat16", "cpu")
-    peers = load_speaker(base, None, "bfloat16", "cpu")
+    ours = load_chat_model(base, str(two[0]), "bfloat16", "cpu")
+    peers = load_chat_model(base, None, "bfloat16", "cpu")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     peers.model = PeftModel.from_pretrained(model, two[0]).eval()
     times: dict[str, list[float]] = {"ours": [], "peft": []}
     sampling = Sampling(max_new_tokens=32)
     for _ in range(6):
-        for name, speaker in (("ours", ours), ("peft", peers)):
+        for name, chat_model in (("ours", ours), ("peft", peers)):
             started = time.process_time()
-            answer(speaker, conversations(1), sampling)
+            answer(chat_model, conversations(1), sampling)
             times[name].append(time.process_time() - started)
     medians = {name: sorted(each[1:])[2] for name, each in times.items()}
     print({name: f"{seconds:.2f} s" for name, seconds in medians.items()})

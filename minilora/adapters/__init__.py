@@ -1,0 +1,1 @@
+"""Adapters in PEFT's file format: read, written, merged, exported."""

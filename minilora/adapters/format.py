@@ -1,0 +1,334 @@
+"""Adapters in PEFT's file format: written atomically, read strictly, checked against the base they were trained on.
+
+Format: https://github.com/huggingface/peft/blob/main/docs/source/developer_guides/checkpoint.md
+"""
+
+import math
+import os
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import AdapterError, DivergedError
+from minilora.lora import inject, lora_layers
+from minilora.models.load import what_else
+from minilora.utils import files
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+MAX_HEADER_BYTES = 2 * 2**20
+# What PEFT's LoraConfig can say and this library cannot represent: any value but these is refused by name.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "task_type": ("CAUSAL_LM", None),
+    "fan_in_fan_out": (False,),
+    "modules_to_save": (None, []),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "layers_to_transform": (None,),
+    "layer_replication": (None,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "exclude_modules": (None, []),
+    "alora_invocation_tokens": (None,),
+    "use_bdlora": (None,),
+    # the others (pissa, olora, corda, loftq, ...) change the base too, and PEFT does so again when it loads one
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What adapter_config.json says, as far as it matters here."""
+
+    base_model: str
+    rank: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...]
+    rslora: bool
+    dora: bool = False
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def converted(config: AdapterConfig) -> AdapterConfig:
+    """What an adapter that began at PiSSA's start is on the original base: of twice the rank, with the same scale.
+
+    rsLoRA's would need an alpha that is no whole number; `tensors` folds its scale into B, and 1 is left.
+    """
+    rank = 2 * config.rank
+    return replace(config, rank=rank, alpha=rank if config.rslora else 2 * config.alpha, rslora=False)
+
+
+def tensors(model: nn.Module, scale: float) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names: ...q_proj.lora_A.weight (r, in), ...q_proj.lora_B.weight (out, r).
+
+    And ...q_proj.lora_magnitude_vector (out,) for DoRA. scale: what a reader will multiply B A with.
+    """
+    named = {}
+    for name, layer in lora_layers(model).items():
+        _, _, A, B = layer.weights()
+        named[f"{PREFIX}{name}.lora_A.weight"] = A.detach()
+        named[f"{PREFIX}{name}.lora_B.weight"] = B.detach() * (layer.scale / scale)  # 1 but for `converted` rsLoRA
+        if layer.lora_magnitude_vector is not None:
+            named[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector.detach()
+    return named
+
+
+def save(folder: Path, model: nn.Module, config: AdapterConfig, metadata: Mapping[str, str]) -> None:
+    """Write the adapter of a model: `write` with the tensors of its LoRALinear layers."""
+    write(folder, tensors(model, config.scale), config, metadata)
+
+
+def write(folder: Path, named: Mapping[str, Tensor], config: AdapterConfig, metadata: Mapping[str, str]) -> None:
+    """Write adapter_config.json, then adapter_model.safetensors, each replaced at once.
+
+    named: as `tensors` gives them. metadata (base fingerprint, system prompt, ...) goes into the safetensors header,
+    where PEFT does not mind it. Raises DivergedError when a tensor is not finite: such an adapter is never written.
+    """
+    if broken := [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]:
+        raise DivergedError(
+            f"the adapter is not finite ({len(broken)} of its tensors, the first {broken[0]}): not written to {folder}"
+        )
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.base_model,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.target_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+    }
+    with files.storage_errors(folder):
+        folder.mkdir(exist_ok=True)
+    files.replace_file(folder / CONFIG, files.json_chunks(settings))
+    files.replace_file(folder / WEIGHTS, files.safetensors_chunks(named, {"format": "pt", **metadata}))
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """adapter_config.json, checked. Raises AdapterError naming the file and every key that does not fit."""
+    path = folder / CONFIG
+    try:
+        raw = files.read_json(path)
+    except ValueError as error:
+        if (folder / "adapter" / CONFIG).is_file():
+            hint = f" Its adapter is {folder / 'adapter'}."
+        elif other := what_else(folder):
+            hint = f" But {other}"
+        else:
+            hint = " It holds a model: give that as --model." * (folder / "config.json").is_file()
+        raise AdapterError(f"{folder} is no adapter: {path.name}: {error}.{hint}") from error
+    wrong = [
+        f"{key} = {reprlib.repr(raw[key])} is not supported here (only {allowed[0]!r})"
+        for key, allowed in NEUTRAL.items()
+        if key in raw and raw[key] not in allowed
+    ]
+    targets = raw.get("target_modules")
+    checks = {
+        "r": _is_int(raw.get("r")) and 1 <= raw["r"] <= 2**16,
+        "lora_alpha": _is_int(raw.get("lora_alpha")) and abs(raw["lora_alpha"]) < 2**31,
+        "lora_dropout": isinstance(raw.get("lora_dropout", 0.0), (int, float))
+        and 0 <= raw.get("lora_dropout", 0.0) < 1,
+        "target_modules": isinstance(targets, list) and bool(targets) and all(isinstance(t, str) for t in targets),
+        "use_rslora": isinstance(raw.get("use_rslora", False), bool),
+        "use_dora": isinstance(raw.get("use_dora", False), bool),
+        "base_model_name_or_path": isinstance(raw.get("base_model_name_or_path", ""), (str, type(None))),
+    }
+    wrong += [f"{key} = {reprlib.repr(raw.get(key))} is not usable" for key, good in checks.items() if not good]
+    if wrong:
+        raise AdapterError(f"{path}: " + "; ".join(wrong) + ".")
+    return AdapterConfig(
+        base_model=raw.get("base_model_name_or_path") or "",
+        rank=raw["r"],
+        alpha=raw["lora_alpha"],
+        dropout=float(raw.get("lora_dropout", 0.0)),
+        target_modules=tuple(sorted(set(targets or ()))),
+        rslora=raw.get("use_rslora", False),
+        dora=raw.get("use_dora", False),
+    )
+
+
+def keys_to_go_on(folder: Path) -> dict[str, Any]:
+    """The keys of TrainConfig that an adapter to go on training from brings: its shape, its base, its system prompt.
+
+    Raises AdapterError for one that cannot be represented here.
+    """
+    config = read_config(folder)
+    prompt = read_metadata(folder).get("system_prompt")
+    brought = {"model": config.base_model or None, "system_prompt": prompt}
+    return shape_keys(config) | {key: value for key, value in brought.items() if value is not None}
+
+
+def shape_keys(config: AdapterConfig) -> dict[str, Any]:
+    """The keys of TrainConfig that say what an adapter's tensors are and mean."""
+    return {
+        "lora_r": config.rank,
+        "lora_alpha": config.alpha,
+        "target_modules": config.target_modules,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+    }
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def base_of(folder: Path, model_name: str | None = None) -> str:
+    """The base of an adapter, a hub name or a folder: model_name, else what its file says. Raises AdapterError."""
+    config = read_config(folder)
+    if name := model_name or config.base_model:
+        return name
+    raise AdapterError(f"{folder} does not say which base it was trained on: give --model")
+
+
+def read_metadata(folder: Path) -> dict[str, str]:
+    """The header of adapter_model.safetensors: base_fingerprint, system_prompt, ... where minilora wrote it."""
+    try:
+        metadata = files.safetensors_header(folder / WEIGHTS, MAX_HEADER_BYTES).get("__metadata__") or {}
+    except ValueError as error:
+        raise AdapterError(f"{folder / WEIGHTS}: {error}.") from error
+    if not isinstance(metadata, dict):
+        raise AdapterError(f"{folder / WEIGHTS}: its metadata is no object.")
+    return {str(key): str(value) for key, value in metadata.items()}
+
+
+def load(model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base: bool = False) -> AdapterConfig:
+    """Put LoRALinear layers into the base `model` and fill them from `folder`, strictly.
+
+    Raises AdapterError with every missing, extra or misshapen tensor at once, or when the adapter was trained on
+    another base (unless allow_other_base); the model is unchanged then.
+    """
+    config, updates = read(model, folder, base_fingerprint, allow_other_base)
+    inject(model, config.target_modules, config.rank, config.alpha, config.dropout, config.rslora, dora=config.dora)
+    fill(model, updates)
+    return config
+
+
+@torch.no_grad()
+def fill(model: nn.Module, updates: Mapping[str, "Update"]) -> None:
+    """Give the LoRALinear layers of a model the values that `read` has found for them."""
+    for name, layer in lora_layers(model).items():
+        update = updates[f"{name}.weight"]
+        layer.lora_A.copy_(update.A)
+        layer.lora_B.copy_(update.B)
+        if layer.lora_magnitude_vector is not None and update.magnitude is not None:
+            layer.lora_magnitude_vector.copy_(update.magnitude)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter makes of one weight: A (rank, in), B (out, rank) and DoRA's magnitudes (out,), all in fp32."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """W0 + scale * B A in fp32, with DoRA each row of that length. (out, in)"""
+        summed = weight.to(torch.float32, copy=True).addmm_(self.B, self.A, alpha=self.scale)
+        if self.magnitude is None:
+            return summed
+        length = torch.linalg.vector_norm(summed, dim=1, keepdim=True).clamp_min_(torch.finfo(summed.dtype).tiny)
+        return summed.mul_(self.magnitude[:, None] / length)
+
+
+def read(
+    model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base: bool | None = False
+) -> tuple[AdapterConfig, dict[str, Update]]:
+    """(settings, updates by the weight's name) of an adapter for this base, on which others may be; changes nothing.
+
+    Raises AdapterError as `load` does.
+    """
+    config = read_config(folder)
+    check_base(folder, config, base_fingerprint, allow_other_base)
+    linears = {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    shapes = {f"{name}.weight": (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    return config, read_updates(folder, config, shapes)
+
+
+def check_base(folder: Path, config: AdapterConfig, base_fingerprint: str, allow_other_base: bool | None) -> None:
+    """Raise AdapterError when the adapter says that it was trained on another base; None: there is no flag for that."""
+    trained_on = read_metadata(folder).get("base_fingerprint", base_fingerprint)
+    if trained_on != base_fingerprint and not allow_other_base:
+        way_out = "" if allow_other_base is None else ", or --allow_other_base to load it all the same"
+        raise AdapterError(
+            f"{folder} was trained on another base: its fingerprint is {trained_on[:12]}, this model's is "
+            f"{base_fingerprint[:12]} (trained on {config.base_model!r}). Give that base as --model{way_out}."
+        )
+
+
+def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Update]:
+    """The update of each weight an adapter changes, by the weight's name; `shapes` are those of the base's weights.
+
+    Strict: raises AdapterError with every missing, extra or misshapen tensor at once.
+    """
+    targets = [
+        name.removesuffix(".weight")
+        for name in shapes
+        if name.endswith(".weight") and name.split(".")[-2] in config.target_modules
+    ]
+    expected: dict[str, tuple[int, ...]] = {}
+    for name in targets:
+        out_features, in_features = shapes[f"{name}.weight"]
+        expected[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, in_features)
+        expected[f"{PREFIX}{name}.lora_B.weight"] = (out_features, config.rank)
+        if config.dora:
+            expected[f"{PREFIX}{name}.lora_magnitude_vector"] = (out_features,)
+    if not targets:
+        raise AdapterError(
+            f"{folder / CONFIG}: target_modules {list(config.target_modules)} match nothing in this model"
+        )
+    try:
+        loaded = files.read_tensors(folder / WEIGHTS, expected)
+    except ValueError as error:
+        raise AdapterError(f"{folder / WEIGHTS}: {error}") from error
+    if broken := [name for name, tensor in loaded.items() if not torch.isfinite(tensor).all()]:
+        raise AdapterError(f"{folder / WEIGHTS}: not finite: {len(broken)} of its tensors, the first {broken[0]}")
+    loaded = {name.removeprefix(PREFIX): tensor.float() for name, tensor in loaded.items()}
+    return {
+        f"{name}.weight": Update(
+            loaded[f"{name}.lora_A.weight"],
+            loaded[f"{name}.lora_B.weight"],
+            config.scale,
+            loaded.get(f"{name}.lora_magnitude_vector"),
+        )
+        for name in targets
+    }
+
+
+def save_folder(folder: Path, model: Any, tokenizer: Any, config: AdapterConfig, metadata: dict[str, str]) -> None:
+    """An adapter folder: complete at once when it is new, its weights exchanged at once when it is not."""
+    with files.storage_errors(folder):
+        there = os.path.lexists(folder)
+    if there:
+        save(folder, model, config, metadata)
+        return
+    with files.new_folder(folder) as aside:
+        tokenizer.save_pretrained(aside)
+        model.generation_config.save_pretrained(aside)
+        save(aside, model, config, metadata)

@@ -1,0 +1,290 @@
+"""Examples of token ids, stored end to end in flat columns, in memory or in files."""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from minilora.data.formats import Row
+from minilora.data.markup import ChatMarkup
+from minilora.data.report import MAX_PROBLEMS_SHOWN, DataReport
+from minilora.errors import DataError
+
+IGNORE = -100  # PyTorch's ignore_index: positions with this label have no loss
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training example.
+
+    input_ids: (T,) int32, the whole conversation up to its last supervised token
+    labels: (T,) int32, the token itself where it is supervised, else IGNORE (not shifted)
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+
+
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 2**22  # that are tokenised together
+
+
+class FileColumn:
+    """A column that stays in its file. It is read, not mapped: mapped pages count as memory of this process."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115  # as long as the column lives
+        self._dtype = dtype
+        self._length = os.fstat(self._file.fileno()).st_size // dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        start, end, _ = part.indices(self._length)
+        found = np.empty(max(0, end - start), self._dtype)
+        space, place = memoryview(cast(Any, found)).cast("B"), start * self._dtype.itemsize
+        while space:
+            try:
+                count = os.preadv(self._file.fileno(), [space], place)
+            except OSError as error:
+                raise DataError(f"{self._file.name} cannot be read: {error.strerror}.") from error
+            if not count:
+                raise DataError(f"{self._file.name} was cut short while it was in use.")
+            space, place = space[count:], place + count
+        return found
+
+
+Column = np.ndarray | FileColumn
+
+
+class Columns(NamedTuple):
+    """Examples end to end. T = tokens of all of them, n = examples.
+
+    ids, supervised: (T,) int32, bool
+    ends: (n,) int64, where each example ends among the tokens
+    lines: (n,) int64, the line of the file it comes from
+    counts: (n,) int32, how many of its tokens are supervised
+    keys: (n,) uint64, a hash of its tokens and mask: two that are the same have the same
+    """
+
+    ids: Column
+    supervised: Column
+    ends: Column
+    lines: Column
+    counts: Column
+    keys: Column
+
+
+DTYPES = tuple(map(np.dtype, ("<i4", "?", "<i8", "<i8", "<i4", "<u8")))  # of the columns, in their order
+
+
+@dataclass(frozen=True)
+class Dataset(Sequence[Example]):
+    """Examples of one or several files, all of them or some, in any order.
+
+    columns: of each of `files`; chosen: (examples,) which ones, numbered through all the files
+    """
+
+    files: tuple[str, ...]
+    columns: tuple[Columns, ...]
+    chosen: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: Any) -> Any:
+        number = int(self.chosen[index])
+        file = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        columns, place = self.columns[file], number - int(self._firsts[file])
+        *start, end = columns.ends[max(0, place - 1) : place + 1].tolist()
+        start = start[0] if start else 0
+        ids = columns.ids[start:end]
+        return Example(ids, np.where(columns.supervised[start:end], ids, IGNORE).astype(np.int32))
+
+    def groups(self, most: int = 256) -> Iterator[list[Example]]:
+        """The examples in order, up to `most` at a time: enough to fill micro-batches well."""
+        for start in range(0, len(self), most):
+            yield [self[i] for i in range(start, min(start + most, len(self)))]
+
+    @cached_property
+    def _firsts(self) -> np.ndarray:
+        """The number of the first example of each file."""
+        return np.cumsum([0, *(len(columns.lines) for columns in self.columns[:-1])])
+
+    def _all(self, name: str) -> np.ndarray:
+        return np.concatenate([getattr(columns, name)[:] for columns in self.columns])[self.chosen]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example. (examples,)"""
+        return np.concatenate([np.diff(columns.ends[:], prepend=0) for columns in self.columns])[self.chosen]
+
+    @property
+    def lines(self) -> np.ndarray:
+        """The line that each example comes from. (examples,)"""
+        return self._all("lines")
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Supervised tokens of each example. (examples,)"""
+        return self._all("counts")
+
+    @property
+    def keys(self) -> np.ndarray:
+        """A hash of each example's tokens and mask. (examples,) uint64"""
+        return self._all("keys")
+
+    @property
+    def sources(self) -> np.ndarray:
+        """Which of `files` each example's line is of. (examples,)"""
+        return np.searchsorted(self._firsts, self.chosen, side="right") - 1
+
+    def subset(self, indices: Sequence[int] | np.ndarray) -> "Dataset":
+        """The examples at these indices, in this order."""
+        return dataclasses.replace(self, chosen=self.chosen[np.asarray(indices, np.int64)])
+
+    def places(self, indices: np.ndarray) -> str:
+        """The lines of these examples in words, by file where there are several."""
+        some = self.subset(indices)
+        by_file = {file: sorted(some.lines[some.sources == number].tolist()) for number, file in enumerate(self.files)}
+        if len(by_file) == 1:
+            return f"lines {by_file[self.files[0]]}"
+        return "; ".join(f"{file}, lines {lines}" for file, lines in by_file.items() if lines)
+
+
+def of_file(file: str, columns: Columns) -> Dataset:
+    """All examples of a file."""
+    return Dataset((file,), (columns,), np.arange(len(columns.lines), dtype=np.int32))
+
+
+def join(parts: Sequence[Dataset]) -> Dataset:
+    """The examples of one data set after those of the other; each must hold all that its files hold, as at first."""
+    columns = tuple(each for part in parts for each in part.columns)
+    count = sum(len(each.lines) for each in columns)
+    assert count == sum(map(len, parts)), "only whole files are joined"
+    return Dataset(tuple(file for part in parts for file in part.files), columns, np.arange(count, dtype=np.int32))
+
+
+def make_columns(ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, lines: np.ndarray) -> Columns:
+    """Columns of examples whose tokens lie end to end, each of so many."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    content = memoryview((2 * ids + supervised).astype("<i4").tobytes())
+    bounds = itertools.pairwise([0, *(4 * ends).tolist()])
+    keys = b"".join(hashlib.blake2b(content[a:b], digest_size=8).digest() for a, b in bounds)
+    before = np.concatenate([[0], np.cumsum(supervised)])
+    counts = before[ends] - before[ends - lengths]
+    made = (ids, supervised, ends, lines, counts, np.frombuffer(keys, "<u8"))
+    return Columns(*(array.astype(dtype) for array, dtype in zip(made, DTYPES, strict=True)))
+
+
+def stack(parts: Iterable[Columns]) -> Columns:
+    """Columns after one another."""
+    found: list[Columns] = []
+    tokens = 0
+    for part in parts:
+        found.append(part._replace(ends=part.ends[:] + tokens))
+        tokens += len(part.ids)
+    return Columns(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------- rows -> examples
+
+
+def tokenize(
+    rows: Iterable[Row],
+    markup: ChatMarkup,
+    report: DataReport,
+    *,
+    system_prompt: str,
+    max_length: int,
+    overlong: str,
+    train_on_prompt: bool,
+) -> Dataset:
+    """Rows as examples of at most max_length tokens, in memory. `report` and what is raised: see `tokenized`."""
+    how: dict[str, Any] = {"system_prompt": system_prompt, "max_length": max_length, "overlong": overlong}
+    dataset = of_file(report.file, stack(tokenized(rows, markup, report, **how, train_on_prompt=train_on_prompt)))
+    describe(dataset, report)
+    return dataset
+
+
+def tokenized(
+    rows: Iterable[Row],
+    markup: ChatMarkup,
+    report: DataReport,
+    *,
+    system_prompt: str,
+    max_length: int,
+    overlong: str,
+    train_on_prompt: bool,
+) -> Iterator[Columns]:
+    """Rows as examples of at most max_length tokens, some rows at a time; `report` counts what was cut.
+
+    A truncated answer never gets an end token. Tokens after the last supervised one cannot reach the loss and are not
+    kept. At the end raises DataError for overlong = error with the lines that are too long, and when none is left.
+    """
+    left, too_long, named = 0, 0, list[str]()
+    for part in _portions(rows):
+        ids, supervised, lengths = markup.render([row.turns for row in part], system_prompt)
+        lines = np.array([row.line for row in part])
+        supervised |= train_on_prompt
+        starts = np.cumsum(lengths) - lengths
+        place = np.arange(len(ids)) - np.repeat(starts, lengths)  # of each token in its example
+        within = supervised & (place < max_length)
+        whole = np.maximum.reduceat(np.where(supervised, place + 1, 0), starts)  # up to the last supervised one
+        cut = np.maximum.reduceat(np.where(within, place + 1, 0), starts)
+        long = whole > max_length
+        dropped = long & (overlong == "drop")
+        learns = np.logical_or.reduceat(within & (place > 0), starts)  # the first has nothing to be predicted from
+        kept = learns & ~dropped
+        report.dropped_overlong += int(dropped.sum())
+        report.dropped_unsupervised += int((~learns & ~dropped).sum())
+        report.truncated += int((kept & long).sum())
+        left, too_long = left + int(kept.sum()), too_long + int(long.sum())
+        for i in np.flatnonzero(long)[: MAX_PROBLEMS_SHOWN - len(named)]:
+            named.append(f"{report.file}:{lines[i]}: {whole[i]:,} tokens, more than max_length {max_length:,}")
+        taken = np.repeat(kept, lengths) & (place < np.repeat(cut, lengths))
+        yield make_columns(ids[taken], supervised[taken], cut[kept], lines[kept])
+    if too_long and overlong == "error":
+        hint = "Raise --max_length, or choose --overlong truncate | drop"
+        raise DataError("\n".join([*named, f"{too_long:,} rows. {hint}"]))
+    if not left:
+        raise DataError(f"{report.file}: no example is left with max_length {max_length:,}; raise it.")
+
+
+def _portions(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows, some at a time: few of long ones, so that a file of these does not fill the memory."""
+    part, size = list[Row](), 0
+    for row in rows:
+        part.append(row)
+        size += sum(len(turn.content) for turn in row.turns)
+        if len(part) == ROWS_AT_ONCE or size >= CHARACTERS_AT_ONCE:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
+
+
+def describe(dataset: Dataset, report: DataReport) -> None:
+    """Put the figures of the examples that are kept into the report."""
+    lengths = dataset.lengths
+    report.kept, report.tokens, report.supervised_tokens = len(dataset), int(lengths.sum()), int(dataset.counts.sum())
+    p50, p95, top = np.percentile(lengths, [50, 95, 100], method="higher") if len(dataset) else (0, 0, 0)
+    report.lengths = {"p50": int(p50), "p95": int(p95), "max": int(top)}
+
+
+def split(dataset: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset | None]:
+    """(training part, evaluation part): val_size of the examples, at least one, drawn by the seed."""
+    if not val_size:
+        return dataset, None
+    held_out = max(1, round(len(dataset) * val_size))
+    if held_out >= len(dataset):
+        raise DataError(f"val_size {val_size} leaves no example to train on: there are only {len(dataset)}.")
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return dataset.subset(np.sort(order[held_out:])), dataset.subset(np.sort(order[:held_out]))

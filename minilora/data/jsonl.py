@@ -1,0 +1,99 @@
+"""Reads JSONL files: the non-empty lines of a file, and each line as one JSON object."""
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import stat
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minilora.errors import DataError
+
+MAX_LINE_BYTES = 16 * 2**20
+UTF16 = {  # how a file in one of these encodings begins: by its byte order mark, or an opening bracket
+    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+    "UTF-16LE": (b"{\0", b"[\0"),
+    "UTF-16BE": (b"\0{", b"\0["),
+}
+
+
+# ---------------------------------------------------------------------------------------- bytes -> rows
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """The non-empty lines of a file (or of what a .gz holds) with their 1-based numbers, split on \\n only.
+
+    JSON strings may hold U+2028, U+0085 and other characters that text-mode reading would split on. Of a line longer
+    than MAX_LINE_BYTES only one byte more than that is kept: a file without line ends must not fill the memory.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # a FIFO would block for ever, a directory says something unhelpful
+            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise DataError(f"{path} is {kind}; a JSONL file is needed, one JSON object a line.")
+        with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
+            for number in itertools.count(1):
+                line = rest = file.readline(MAX_LINE_BYTES + 1)
+                while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
+                    rest = file.readline(2**20)
+                if not line:
+                    return
+                if number == 1 and len(line) <= MAX_LINE_BYTES:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield number, line
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        hint = "Copy it again if it is cut or damaged; if it is not packed, its name must not end in .gz."
+        raise DataError(f"{path} cannot be read: {str(error).rstrip('.')}. {hint}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def file_sha256(path: str | Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal. Raises DataError."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """One line of JSON as an object. Raises ValueError with the reason, for anything that is not exactly that."""
+    if len(line) > MAX_LINE_BYTES:
+        raise ValueError(f"the line has more than {MAX_LINE_BYTES:,} bytes, which are the most that is read")
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")  # the column of an error counts from the line
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})") from error
+    try:
+        row = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not one JSON value: {error.msg} (column {error.colno})") from error
+    except RecursionError:
+        raise ValueError("not readable JSON: nested too deeply") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"a JSON object is needed, this is {_json_type(row)}")
+    return row
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")

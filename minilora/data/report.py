@@ -1,0 +1,64 @@
+"""What happened to the rows of a file, and how the header says it."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_PROBLEMS_SHOWN = 50
+
+
+@dataclass
+class DataReport:
+    """What happened to the lines of a file on their way to examples."""
+
+    file: str
+    sha256: str = ""
+    format: str = ""
+    format_line: int = 0  # the line that fixed the format
+    rows: int = 0
+    kept: int = 0
+    bad: list[str] = field(default_factory=list)  # "file:line: reason"
+    unread: Counter[str] = field(default_factory=Counter)  # rows that have a field which no format reads
+    truncated: int = 0  # of those kept
+    dropped_overlong: int = 0
+    dropped_unsupervised: int = 0  # nothing left to learn after truncation
+    dropped_repeats: int = 0  # the same as an earlier one, to the token
+    lengths: dict[str, int] = field(default_factory=dict)  # p50, p95, max, in tokens
+    tokens: int = 0
+    supervised_tokens: int = 0
+    notes: list[str] = field(default_factory=list)  # what else is to be said of it
+
+
+def data_record(report: DataReport) -> dict[str, Any]:
+    """A report for config.json: of bad rows and of fields that are not read, only how many there are."""
+    return vars(report) | {"bad": len(report.bad), "unread": len(report.unread)}
+
+
+def describe_data(report: DataReport) -> Iterable[str]:
+    """What was kept of a file and why the rest was not."""
+    lost = {
+        "bad": len(report.bad),
+        "longer than max_length": report.dropped_overlong,
+        "nothing supervised": report.dropped_unsupervised,
+        "the same as an earlier one": report.dropped_repeats,
+    }
+    why = ", ".join(f"{count:,} {reason}" for reason, count in lost.items() if count)
+    share = 100 * report.supervised_tokens / max(1, report.tokens)
+    lengths = " / ".join(f"{report.lengths[key]:,}" for key in ("p50", "p95", "max"))
+    yield f"{report.file}: {report.kept:,} of {report.rows:,} rows kept" + (f"; dropped: {why}" if why else "")
+    yield f"tokens a row p50 / p95 / max: {lengths}; {share:.0f} % supervised" + (
+        f"; {report.truncated:,} rows truncated" if report.truncated else ""
+    )
+    if report.unread:
+        yield f"fields not read: {_rows_by_name(report.unread)}"
+    yield from report.notes
+
+
+def _rows_by_name(counts: Counter[str], most: int = 8) -> str:
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    shown = [
+        f"{name[:40] if name.isprintable() else repr(name[:40])} ({counts[name]:,} row{'s' * (counts[name] > 1)})"
+        for name in names[:most]
+    ]
+    return ", ".join(shown) + (f" and {len(names) - most:,} more" if len(names) > most else "")

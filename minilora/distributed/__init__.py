@@ -1,0 +1,1 @@
+"""The processes of a run that torchrun started, and FSDP2."""

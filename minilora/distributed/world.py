@@ -1,0 +1,305 @@
+"""The processes of a run: each holds a replica and takes its share of a step; what one of them meets, all decide on.
+
+One process is a world of its own, in which nothing here costs anything.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+
+from minilora import errors
+from minilora.errors import ConfigError, MiniloraError, RankError, StoppedError
+
+PATIENCE = timedelta(minutes=30)  # process 0 may save or verify for so long; a process that died is noticed at once
+ARRIVAL = timedelta(minutes=10)  # of the last process after the first
+HANDSHAKE = timedelta(seconds=10)  # of processes that are all there; gloo tries five times
+WORD_BYTES = 512  # what is agreed on in every step fits; longer words take a second round
+
+
+class World:
+    """The processes of a run, and what they agree on.
+
+    Every agreement is the same exchange of words on the CPU (gloo), so that an error of one process meets the others
+    wherever they are. Tensors are summed on the device they lie on (NCCL on CUDA).
+    rank, local_rank: this process among all, and among those of this machine; size: how many there are
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank, self.size, self.local_rank = rank, size, local_rank
+        self.advice = ""  # how to go on when one of them is gone
+        self.sharded = False  # shards are gathered in every micro-batch: the processes must go through it together
+        self._agreed: Exception | None = None  # the error that all processes have raised
+        self._words: Any = None  # the group that exchanges words
+        self._tensors: Any = None  # the group that sums tensors
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    def patient(self) -> None:
+        """From now on wait for the others as long as saving may take; a process that dies is noticed at once."""
+        self._words = self._tensors = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def connect(self, device: torch.device) -> torch.device:
+        """Connect the devices of the processes; returns that of this one."""
+        if self.size > 1 and device.type == "cuda":
+            torch.cuda.set_device(device)
+            self._tensors = dist.new_group(backend="nccl")
+        return device
+
+    def exchange(self, word: Any) -> list[Any]:
+        """What every process says here, in the order of ranks; any JSON value.
+
+        Raises what one of them has met (see `raise_on_all_ranks`), RankError when one is gone.
+        """
+        return [word] if self.size == 1 else self._exchange({"word": word}, None)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return any(self.exchange(flag))
+
+    def run_on_main(self, work: Callable[[], Any], meanwhile: Callable[[], object] | None = None) -> Any:
+        """What work() returns to process 0, which does it alone; a JSON value, or nothing. Its error is raised by all.
+
+        The others wait, or among shards take part with meanwhile().
+        """
+        if self.size == 1:
+            return work()
+        word = None
+        try:
+            if self.main:
+                word = work()
+            elif meanwhile and self.sharded:
+                meanwhile()
+        except Exception as error:
+            if meanwhile and self.sharded:
+                raise  # the others wait within meanwhile(), not here
+            self._tell(error)
+        return self.exchange(word)[0]
+
+    @contextmanager
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        """What one process raises inside, all raise, at their next agreement."""
+        if self.size == 1:
+            yield
+            return
+        try:
+            yield
+            self.exchange(None)
+        except Exception as error:
+            if error is self._agreed:
+                raise
+            if not self.sharded:
+                self._tell(error)
+            elif isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise self._lost() from error
+            error.alone = True  # type: ignore[attr-defined]  # the others do not know: `cli` says it here
+            raise
+
+    def _tell(self, error: Exception) -> None:
+        """Let all processes raise an error of this one: as it is where it is ours, else with its text."""
+        if error is self._agreed:
+            raise error
+        kind, text = type(error).__name__, str(error)
+        if not isinstance(error, (MiniloraError, BrokenPipeError)):
+            kind, text = RankError.__name__, f"a mistake of ours: {kind}: {text}. --debug shows where"
+        word = {"kind": kind, "text": text, "signal": getattr(error, "exit_code", 0) - 128}
+        try:
+            self._exchange(word, error)
+        except RankError as lost:  # nobody hears it any more
+            self._agreed = error
+            raise error from lost
+
+    def _exchange(self, message: dict[str, Any], own: Exception | None) -> list[Any]:
+        try:
+            heard = _all_gather(json.dumps(message).encode(), self.size, self._words)
+        except (RuntimeError, ValueError) as error:
+            raise self._lost() from error
+        said = [json.loads(each) for each in heard]
+        for rank, each in enumerate(said):
+            if "kind" in each:
+                self._agreed = own if own is not None and rank == self.rank else _error_of(rank, each)
+                raise self._agreed
+        return [each["word"] for each in said]
+
+    def _lost(self) -> RankError:
+        text = "another process of this run is gone, or does not answer; what was saved before is intact."
+        lost = RankError(text + self.advice)
+        self._agreed = lost
+        return lost
+
+    def all_reduce_gradients(self, params: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+        """Add up over the processes the gradients of replicated parameters and a loss, in one flat buffer.
+
+        Gradients of shards were added up when backward scattered them. Returns the sum of the losses. Every process
+        must come here straight from an agreement, so that none waits for one that has met an error.
+        """
+        if self.size == 1:
+            return loss
+        whole = [param for param in params if param.requires_grad and not isinstance(param, DTensor)]
+        gradients = [param.new_zeros(param.shape) if param.grad is None else param.grad for param in whole]
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), loss.view(1)])
+        del gradients
+        self._reduce(flat)
+        for param, part in zip(whole, flat[:-1].split([param.numel() for param in whole]), strict=True):
+            param.grad = part.view_as(param)
+        return flat[-1]
+
+    def _reduce(self, flat: Tensor) -> None:
+        try:
+            dist.all_reduce(flat, group=self._tensors)
+        except RuntimeError as error:
+            raise self._lost() from error
+
+    def broadcast_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite replicated tensors with those of process 0."""
+        for tensor in tensors if self.size > 1 else ():
+            if not isinstance(tensor, DTensor):
+                dist.broadcast(tensor.data, 0, group=self._tensors)
+
+    def mesh(self, device_type: str) -> Any:
+        """All processes in a row, for FSDP2."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        return DeviceMesh.from_group(self._tensors, device_type)
+
+    def device_name(self, name: str) -> str:
+        """The `device` of the settings for this process: on a machine with cards each process has one of its own.
+
+        Raises ConfigError for a card that several would share.
+        """
+        if self.size == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+            return name
+        cards, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1))
+        if not cards:
+            raise ConfigError(f"device = {name!r}: this machine shows no CUDA device. Use --device cpu.")
+        if name not in ("auto", "cuda"):
+            raise ConfigError(f"device = {name!r} is one card for {self.size} processes: --device cuda gives each one.")
+        if processes > cards:
+            raise ConfigError(
+                f"{processes} processes on a machine that shows {cards} CUDA device(s): start {cards}, or --device cpu."
+            )
+        return f"cuda:{self.local_rank}"
+
+    def close(self) -> None:
+        """Leave the world."""
+        if self.size > 1 and dist.is_initialized():
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def join(held: ExitStack) -> World:
+    """The world that the launcher (torchrun) says this process belongs to; alone without one.
+
+    `held` leaves it when the run is over. Raises RankError when the others cannot be reached.
+    """
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if any(not os.environ.get(name) for name in names):
+        return World()
+    try:
+        rank, size = (int(os.environ[name]) for name in names[:2])
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    except ValueError as error:
+        raise ConfigError(f"RANK, WORLD_SIZE, LOCAL_RANK: torchrun sets them to numbers: {error}") from error
+    world = World(rank, size, local_rank)
+    if size > 1:
+        try:
+            store = _meet(rank, size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=HANDSHAKE)
+            world.patient()
+        except (RuntimeError, ValueError) as error:
+            where = ":".join(os.environ[name] for name in names[2:])
+            why = str(error).partition("\n")[0]
+            raise RankError(f"the {size} processes of this run do not find each other at {where}: {why}") from error
+        held.callback(world.close)
+    return world
+
+
+def _meet(rank: int, size: int) -> Any:
+    """The store that all processes have written their names to; waits in steps, between which a signal is heard."""
+    until = time.monotonic() + ARRIVAL.total_seconds()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
+    how: dict[str, Any] = {"is_master": serves, "wait_for_workers": False, "multi_tenant": True}
+    while True:
+        try:
+            store = dist.TCPStore(host, port, size, timeout=timedelta(seconds=1), **how)  # type: ignore[attr-defined]
+            break
+        except RuntimeError:
+            if serves or time.monotonic() > until:
+                raise
+    store.set_timeout(HANDSHAKE)
+    store.set(f"minilora/{rank}", "here")
+    while missing := [other for other in range(size) if not store.check([f"minilora/{other}"])]:
+        if time.monotonic() > until:
+            raise RuntimeError(f"processes {missing} have not come")
+        time.sleep(0.05)
+    return store
+
+
+def _all_gather(word: bytes, size: int, group: Any) -> list[bytes]:
+    """The word of every process: in one round where all are short, else in two."""
+    head = len(word).to_bytes(8, "little") + word[: WORD_BYTES - 8]
+    heard = _all_gather_bytes(head, WORD_BYTES, size, group)
+    lengths = [int.from_bytes(each[:8], "little") for each in heard]
+    longest = max(lengths)
+    if longest > WORD_BYTES - 8:
+        heard = _all_gather_bytes(bytes(8) + word, 8 + longest, size, group)
+    return [each[8 : 8 + length] for each, length in zip(heard, lengths, strict=True)]
+
+
+def _all_gather_bytes(word: bytes, num_bytes: int, size: int, group: Any) -> list[bytes]:
+    sent = torch.frombuffer(bytearray(word.ljust(num_bytes, b"\0")), dtype=torch.uint8)
+    heard = [torch.empty_like(sent) for _ in range(size)]
+    dist.all_gather(heard, sent, group=group)
+    return [each.numpy().tobytes() for each in heard]
+
+
+def _error_of(rank: int, said: dict[str, Any]) -> Exception:
+    """The error that another process told."""
+    text = said["text"] if rank == 0 else f"process {rank}: {said['text']}"
+    if said["kind"] == StoppedError.__name__:
+        return StoppedError(said["text"], said["signal"])
+    if said["kind"] == BrokenPipeError.__name__:
+        return BrokenPipeError(text)
+    kind = getattr(errors, said["kind"], RankError)
+    return kind(text) if issubclass(kind, MiniloraError) else RankError(text)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor, put together from its shards where it is sharded; then every process must come here."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """`full_tensor` for a weight in use: its gradients are added up over the processes and scattered to its shards."""
+    return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard, or all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(model: Tensor, tensor: Tensor) -> Tensor:
+    """What every process has of a whole tensor, where `model` is a sharded one of its shape."""
+    if not isinstance(model, DTensor) or tensor.shape != model.shape:
+        return tensor
+    return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
+
+
+def collect(tensors: Iterable[Tensor]) -> None:
+    """Take part in putting sharded tensors together, one after the other, for the process that writes them."""
+    for tensor in tensors:
+        full_tensor(tensor)

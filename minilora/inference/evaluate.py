@@ -1,0 +1,244 @@
+"""How good a model is on a file of examples: loss, perplexity, token accuracy, exact answers; in one table."""
+
+import dataclasses
+import gc
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minilora.batching import default_tokens, micro_batches
+from minilora.config import TrainConfig
+from minilora.data.dataset import Dataset, tokenize
+from minilora.data.formats import Question, Row, question_of
+from minilora.data.rows import read_rows
+from minilora.decoder import head_weight, hidden_states, packed
+from minilora.errors import AdapterError, DivergedError, OutOfMemoryError
+from minilora.inference.generate import ChatModel, Sampling, answer_all, load_chat_model, progress
+from minilora.lora import disabled
+from minilora.loss import CHUNK_ROWS
+from minilora.models.load import find_model
+from minilora.utils import files
+from minilora.utils.device import free_cached, is_out_of_memory
+
+MAX_LOSS = 700.0  # nats; exp of more overflows, and no working model has it
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model reaches on the supervised tokens, and on the answers, of the examples."""
+
+    loss: float  # nats a supervised token
+    perplexity: float
+    token_accuracy: float  # share of the supervised tokens that are the likeliest one
+    exact_match: float | None  # share of the answers that are the reference, to the character
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of base, adapter and merged model on the same examples."""
+
+    eval_file: str
+    sha256: str
+    system_prompt: str
+    examples: int
+    bad_rows: int  # lines that are no examples, left out
+    truncated: int  # examples cut to max_length
+    tokens: int
+    supervised_tokens: int
+    answered: int  # rows whose answers were compared with the reference
+    scores: dict[str, Scores]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be evaluated, and how; `generate` is the number of rows to answer."""
+
+    eval_file: str
+    model: str | None = None
+    adapter: str | None = None
+    merged: str | None = None
+    system_prompt: str | None = None
+    on_bad_rows: str = TrainConfig.on_bad_rows
+    max_rows: int = 0
+    max_length: int = TrainConfig.max_length
+    generate: int = 0
+    batch_size: int = 8
+    dtype: str = "auto"
+    device: str = "auto"
+    allow_other_base: bool = False
+
+
+def evaluate(request: Request) -> Evaluation:
+    """Score the base, with and without the adapter, then the merged model, which takes the base's place in memory.
+
+    The file is read, and the merged folder looked for, before a model is loaded.
+    """
+    rows, report = read_rows(os.path.expanduser(request.eval_file), request.on_bad_rows)
+    rows = rows[: request.max_rows or None]
+    merged = find_model(request.merged) if request.merged else None
+    chat_model = _speaker(request)
+    dataset = tokenize(
+        rows,
+        chat_model.markup,
+        report,
+        system_prompt=chat_model.system_prompt,
+        max_length=request.max_length,
+        overlong="truncate",
+        train_on_prompt=False,
+    )
+    asked = questions(rows)[: request.generate]
+
+    def scored(chat_model: ChatModel, name: str) -> Scores:
+        found = score(chat_model.model, dataset, name)
+        share = exact_match(chat_model, asked, request.batch_size, name) if asked else None
+        return dataclasses.replace(found, exact_match=share)
+
+    scores = {}
+    with disabled(chat_model.model):
+        scores["base"] = scored(chat_model, "base")
+    if request.adapter:
+        scores["adapter"] = scored(chat_model, "adapter")
+    prompt = chat_model.system_prompt
+    if merged:
+        del chat_model
+        gc.collect()
+        other = load_chat_model(str(merged), None, request.dtype, request.device, prompt)
+        scores["merged"] = scored(other, "merged")
+    return Evaluation(
+        eval_file=request.eval_file,
+        sha256=report.sha256,
+        system_prompt=prompt,
+        examples=len(dataset),
+        bad_rows=len(report.bad),
+        truncated=report.truncated,
+        tokens=int(dataset.lengths.sum()),
+        supervised_tokens=int(dataset.counts.sum()),
+        answered=len(asked),
+        scores=scores,
+    )
+
+
+def _speaker(request: Request) -> ChatModel:
+    """The model to score; its system prompt: as given, else as stored in the adapter, else training's default."""
+    if not request.model and not request.adapter:
+        raise AdapterError("give --adapter DIR, or --model NAME to evaluate a model without adapter")
+    prompt = request.system_prompt
+    if prompt is None and not request.adapter:
+        prompt = TrainConfig.system_prompt
+    where = (request.dtype, request.device)
+    return load_chat_model(request.model, request.adapter, *where, prompt, request.allow_other_base)
+
+
+def score(model: Any, dataset: Dataset, what: str) -> Scores:
+    """Loss, perplexity and token accuracy of a model; micro-batches get smaller when memory runs out.
+
+    Raises DivergedError when the loss is not a number.
+    """
+    device = next(model.parameters()).device
+    longest = int(max(dataset.lengths)) - 1
+    max_tokens = default_tokens(device.type, next(dataset.groups()), share_prefix=device.type == "cpu")
+    while True:
+        try:
+            nats, correct, supervised = _totals(model, dataset, max_tokens, what)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if max_tokens <= longest:
+                raise OutOfMemoryError(
+                    f"one example of {longest:,} tokens does not fit: give a smaller --max_length"
+                ) from error
+        max_tokens = max(longest, max_tokens // 2)
+        free_cached(device)
+    loss = nats / supervised
+    if not loss < MAX_LOSS:
+        raise DivergedError(f"{what}: the loss is {loss}: there is something wrong with the model's numbers")
+    return Scores(loss, math.exp(loss), correct / supervised, None)
+
+
+@torch.no_grad()
+def _totals(model: Any, dataset: Dataset, max_tokens: int, what: str) -> tuple[float, int, int]:
+    """(sum of nats, correct tokens, supervised tokens), as the training loop's evaluation cuts and computes them."""
+    device, dtype = next(model.parameters()).device, head_weight(model).dtype
+    nats = torch.zeros((), device=device, dtype=torch.float64)
+    correct = torch.zeros((), device=device, dtype=torch.int64)
+    supervised = 0
+    with packed(model.eval()), progress(len(dataset), what) as bar:
+        for group in dataset.groups():
+            for batch in micro_batches(group, max_tokens, share_prefix=device.type == "cpu"):
+                batch = batch.to(device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    batch_nats, batch_correct = token_scores(
+                        hidden_states(model, batch), head_weight(model), batch.targets
+                    )
+                nats += batch_nats
+                correct += batch_correct
+                supervised += len(batch.targets)
+                bar.update(len(batch.layout.lengths))
+    return nats.item(), int(correct.item()), supervised
+
+
+def token_scores(
+    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = CHUNK_ROWS["cpu"]
+) -> tuple[Tensor, Tensor]:
+    """(summed nats, number of targets that are the likeliest token), `chunk` rows of logits at a time.
+
+    hidden: (S, hidden), weight: (vocabulary, hidden), targets: (S,)
+    """
+    nats = torch.zeros((), device=hidden.device, dtype=torch.float64)
+    correct = torch.zeros((), device=hidden.device, dtype=torch.int64)
+    for rows, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logits = F.linear(rows, weight).float()  # (chunk, vocabulary)
+        nats += F.cross_entropy(logits, target, reduction="sum")
+        correct += (logits.argmax(-1) == target).sum()
+    return nats, correct
+
+
+def questions(rows: Sequence[Row]) -> list[Question]:
+    """Those of the rows in which the user asks."""
+    return [question for row in rows if (question := question_of(row))]
+
+
+def exact_match(chat_model: ChatModel, asked: Sequence[Question], batch_size: int, what: str) -> float:
+    """Share of the answers that the model gives to the character, greedily; blanks at the ends and reasoning aside."""
+    conversations, references = zip(*asked, strict=True)
+    # An answer longer than every reference is wrong however it ends; the same text in other tokens takes a few more.
+    longest = max(map(len, chat_model.markup.encode(references)))
+    texts = answer_all(chat_model, conversations, Sampling(max_new_tokens=longest + 16), batch_size, f"{what}, answers")
+    same = [_without_reasoning(text) == _without_reasoning(own) for text, own in zip(texts, references, strict=True)]
+    return sum(same) / len(same)
+
+
+def _without_reasoning(text: str) -> str:
+    return text.rpartition("</think>")[2].strip()
+
+
+def table(evaluation: Evaluation) -> str:
+    """What was scored, then the scores as aligned columns, a model in each row."""
+    columns: dict[str, Callable[[Scores], str]] = {
+        "loss": lambda scores: f"{scores.loss:.4f}",
+        "perplexity": lambda scores: f"{scores.perplexity:.3f}",
+        "token accuracy": lambda scores: f"{100 * scores.token_accuracy:.2f} %",
+    }
+    if evaluation.answered:
+        columns[f"exact match of {evaluation.answered}"] = lambda scores: f"{100 * (scores.exact_match or 0):.1f} %"
+    cut = f", {evaluation.truncated:,} rows cut to --max_length" if evaluation.truncated else ""
+    cut += f", {evaluation.bad_rows:,} bad rows left out" if evaluation.bad_rows else ""
+    lines = [f"{evaluation.examples:,} rows, {evaluation.supervised_tokens:,} supervised tokens{cut}"]
+    lines.append(" " * 8 + "".join(f"  {head:>14}" for head in columns))
+    for name, scores in evaluation.scores.items():
+        cells = (f"  {cell(scores):>{max(14, len(head))}}" for head, cell in columns.items())
+        lines.append(f"{name:<8}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def save(evaluation: Evaluation, path: Path) -> None:
+    """The evaluation as JSON, the keys of `Evaluation`."""
+    files.replace_file(path, files.json_chunks(dataclasses.asdict(evaluation)))

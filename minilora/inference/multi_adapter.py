@@ -1,0 +1,130 @@
+"""Several adapters on one base: each loaded once, switched by name, the base never loaded again."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from minilora.adapters import format as adapter_format
+from minilora.errors import AdapterError
+from minilora.inference.generate import ChatModel, load_chat_model
+from minilora.lora import inject, lora_layers
+from minilora.models.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An adapter in memory: its settings, its system prompt, and A, B, scale and DoRA's magnitudes by layer name."""
+
+    config: adapter_format.AdapterConfig
+    system_prompt: str | None
+    values: dict[str, tuple[nn.Parameter, nn.Parameter, float, nn.Parameter | None]]
+
+
+class Adapters:
+    """The adapters of one base, of any ranks and targets, by name; one of them, or none, is active.
+
+    Switching gives the model's LoRALinear layers the values of another adapter; a layer which that adapter does
+    not change is disabled. They are for answering: `adapter.load` gives one to train on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if lora_layers(model):
+            raise AdapterError("Adapters needs a base without an adapter on it")
+        self.model = model
+        self.active: str | None = None
+        self._fingerprint = fingerprint(model)
+        self._loaded: dict[str, Loaded] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of what is loaded, in the order of loading."""
+        return list(self._loaded)
+
+    def load(self, name: str, folder: Path, allow_other_base: bool = False) -> Loaded:
+        """Read an adapter, make it active, and return it. Raises AdapterError as `adapter.load` does."""
+        if name in self._loaded:
+            raise AdapterError(f"there is already an adapter {name!r}: give this one another name, NAME=DIR")
+        config, updates = adapter_format.read(self.model, folder, self._fingerprint, allow_other_base)
+        wrapped = {layer.rpartition(".")[2] for layer in lora_layers(self.model)}
+        if new := [target for target in config.target_modules if target not in wrapped]:
+            inject(self.model, new, config.rank, config.alpha, config.dropout, config.rslora)
+            self.model.eval()
+        values = {}
+        for layer_name, layer in lora_layers(self.model).items():
+            if update := updates.get(f"{layer_name}.weight"):
+                A, B = (nn.Parameter(part.to(layer.lora_A), requires_grad=False) for part in (update.A, update.B))
+                magnitude = update.magnitude
+                if magnitude is not None:
+                    magnitude = nn.Parameter(magnitude.to(layer.lora_A), requires_grad=False)
+                values[layer_name] = (A, B, update.scale, magnitude)
+        prompt = adapter_format.read_metadata(folder).get("system_prompt")
+        self._loaded[name] = Loaded(config, prompt, values)
+        self.use(name)
+        return self._loaded[name]
+
+    def use(self, name: str | None) -> Loaded | None:
+        """Make an adapter active, or none. Raises AdapterError that lists the names when there is no such adapter."""
+        if name is not None and name not in self._loaded:
+            raise AdapterError(f"there is no adapter {name!r}; loaded: {', '.join(self._loaded) or 'none'}")
+        chosen = None if name is None else self._loaded[name]
+        for layer_name, layer in lora_layers(self.model).items():
+            layer.enabled = chosen is not None and layer_name in chosen.values
+            if chosen is not None and layer.enabled:
+                layer.lora_A, layer.lora_B, layer.scale, layer.lora_magnitude_vector = chosen.values[layer_name]
+        self.active = name
+        return chosen
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model answers as its base does."""
+        active = self.active
+        self.use(None)
+        try:
+            yield
+        finally:
+            self.use(active)
+
+
+def named_folders(given: Sequence[str]) -> dict[str, Path]:
+    """What stands after --adapter as names and folders: NAME=DIR, or DIR, named after the run it lies in.
+
+    runs/mine/adapter is mine, runs/mine/best is mine/best. Raises AdapterError when two have one name.
+    """
+    named: dict[str, Path] = {}
+    for text in given:
+        before, equals, after = text.partition("=")
+        whole = Path(text).expanduser()
+        name, folder = (before, Path(after).expanduser()) if equals and not whole.is_dir() else ("", whole)
+        if not name:
+            *_, run, last = ("", *folder.absolute().parts)
+            name = {"adapter": run, "best": f"{run}/best"}.get(last, last)
+        if name in named:
+            raise AdapterError(f"{named[name]} and {folder} are both named {name!r}: give --adapter NAME=DIR")
+        named[name] = folder
+    return named
+
+
+def load_several(
+    named: Mapping[str, Path],
+    model_name: str | None,
+    dtype: str = "auto",
+    device: str = "auto",
+    system_prompt: str | None = None,
+    allow_other_base: bool = False,
+) -> tuple[ChatModel, Adapters]:
+    """A base (model_name, else that of the first adapter) with adapters on it, the first one active."""
+    bases = [
+        adapter_format.base_of(folder, model_name) for folder in named.values()
+    ]  # mistakes before the base is loaded
+    chat_model = load_chat_model(next(iter(bases), model_name), None, dtype, device, system_prompt)
+    adapters = Adapters(chat_model.model)
+    for name, folder in named.items():
+        adapters.load(name, folder, allow_other_base)
+    if named:
+        first = adapters.use(adapters.names[0])
+        if system_prompt is None and first is not None:
+            chat_model.system_prompt = first.system_prompt or ""
+    return chat_model, adapters

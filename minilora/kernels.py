@@ -1,0 +1,132 @@
+"""RMSNorm, SwiGLU, rotary embedding and dropout as autograd functions."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Function = Callable[..., Any]
+How = Callable[[Function], Function]  # eager | compiled
+
+
+def draw_dropped(x: Tensor, dropout: float) -> Tensor:
+    """Which elements of x a dropout zeroes: a mask of x's shape, or on the CPU their flat positions when they are few.
+
+    There the gaps between dropped elements are drawn, from their geometric distribution: the same Bernoulli process
+    with one draw for each element that is dropped instead of one for each element.
+    """
+    if x.is_cuda or dropout > 1 / torch.int64.itemsize:  # a position takes 8 bytes, an element of a mask one
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(dropout)
+    size, positions = x.numel(), torch.zeros(0, dtype=torch.int64)
+    while (last := int(positions[-1]) if len(positions) else -1) < size:
+        count = int(size * dropout + 6 * math.sqrt(size * dropout)) + 1
+        gaps = torch.rand(count, dtype=torch.float64).neg_().log1p_().div_(math.log1p(-dropout)).floor_().add_(1)
+        positions = torch.cat([positions, gaps.cumsum_(0).to(torch.int64).add_(last)])
+    return positions[: int(torch.searchsorted(positions, size))]
+
+
+def zeroed(x: Tensor, dropped: Tensor | None) -> Tensor:
+    """A copy of x without the dropped elements (x itself when there are none)."""
+    return x if dropped is None else zero_(x.clone(memory_format=torch.contiguous_format), dropped)
+
+
+def zero_(x: Tensor, dropped: Tensor) -> Tensor:
+    """Set the dropped elements of x, as `draw_dropped` names them, to zero."""
+    if dropped.dtype == torch.bool:
+        return x.masked_fill_(dropped, 0)
+    x.view(-1).index_fill_(0, dropped, 0)
+    return x
+
+
+def eager(function: Function) -> Function:
+    """The function as it stands, operation by operation."""
+    return function
+
+
+@functools.cache
+def compiled(function: Function) -> Function:
+    """The function as one kernel, for all numbers of tokens. What lies between its operations is never rounded."""
+    return torch.compile(function, dynamic=True)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """weight * (x / rms(x)) as Qwen2RMSNorm computes it; saves x and one number a row, nothing in fp32 of x's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, how: How) -> Tensor:
+        out, rstd = how(_norm)(x, weight, eps)
+        ctx.save_for_backward(x, rstd, weight)
+        ctx.how = how
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        d_x, d_weight = ctx.how(_norm_backward)(*grad_outputs, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        return d_x, d_weight, None, None
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x: (..., hidden) -> the normed x, (..., hidden), and 1 / rms(x), (..., 1)"""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * rstd).to(x.dtype) * weight, rstd
+
+
+def _norm_backward(
+    dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, needs_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    unit = x * rstd  # in fp32, as rstd is
+    d_weight = (dy * unit.to(x.dtype)).flatten(0, -2).sum(0) if needs_weight else None
+    wide = (dy * weight).to(rstd.dtype)
+    wide = wide.addcmul(unit, (wide * unit).mean(-1, keepdim=True), value=-1)
+    return wide.mul_(rstd).to(x.dtype), d_weight
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up (arXiv:2002.05202); saves only its two inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, how: How) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.how = how
+        return how(_swiglu)(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.how(_swiglu_backward)(*grad_outputs, *ctx.saved_tensors), None
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    d_up = F.silu(gate).mul_(dy)
+    return torch.ops.aten.silu_backward(dy * up, gate), d_up
+
+
+class _Rotary(torch.autograd.Function):
+    """Rotary position embedding (arXiv:2104.09864), x cos + rotate_half(x) sin, saving neither x nor its rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, how: How) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.how = how
+        return how(_rotate)(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return ctx.how(_rotate)(grad_outputs[0], cos, -sin), None, None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x: (1, T, heads, head_dim), cos, sin: (1, T, head_dim), whose two halves are equal."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[..., None, :half], sin[..., None, :half]  # (1, T, 1, half)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

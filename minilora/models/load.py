@@ -1,0 +1,274 @@
+"""The base model and its tokenizer: from a folder or the hub, in the right dtype, with an identity of its own."""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minilora import attention
+from minilora.batching import collate
+from minilora.data.dataset import Example
+from minilora.decoder import head_weight, hidden_states, packed
+from minilora.errors import ModelError, first_line
+from minilora.models.fingerprint import fingerprint, fingerprint_of
+from minilora.models.quantize import quantise
+from minilora.utils.device import keep_few_products
+
+HUB_TIMEOUT_S = 3.0
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]  # never *.bin, never *.py
+KNOWN = ("qwen2", "qwen3", "llama")  # the tests show that packing changes nothing; of others it is tried when they load
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model given as a folder or a hub name, downloaded where it must be.
+
+    Raises ModelError that says what was tried; an unreachable hub is noticed within HUB_TIMEOUT_S.
+    """
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):  # never raises, whatever the name is
+        hint = what_else(folder)
+        if hint or not (folder / "config.json").is_file():
+            raise ModelError(f"{name} is no model folder: {hint or 'it has no config.json.'}")
+        return folder
+    if os.path.exists(folder) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise ModelError(f"model {name!r}: there is no such folder, and it is no hub name (OWNER/NAME).")
+    return cached_model(name) or _download(name)
+
+
+def what_else(folder: Path) -> str:
+    """What a folder is that is no model but of ours, and what to give instead; empty where it may be a model."""
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return "it holds an adapter: give that as --adapter."
+    if not (folder / "metrics.jsonl").is_file():
+        return ""
+    results = [f"give --{flag} {folder / flag}." for flag in ("adapter", "model") if (folder / flag).is_dir()]
+    return f"it is a run: {results[0] if results else 'nothing is finished there.'}"
+
+
+def cached_model(name: str) -> Path | None:
+    """The complete copy of a hub model in the local cache, if there is one."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise ModelError(f"model {name!r} is no folder and no hub name: {error}") from error
+    complete = (folder / "config.json").exists() and all(file.exists() for file in weight_files(folder))
+    return folder if complete else None
+
+
+def hub_answers(name: str) -> str:
+    """An empty text when the hub has this model, else why not, found out within HUB_TIMEOUT_S."""
+    import threading
+
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    answer = [f"the hub did not answer within {HUB_TIMEOUT_S:g} s"]
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+            answer[0] = ""
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else "no"
+            answer[0] = f"the hub answered with status {status}: no such model, or no right to it"
+        except Exception as error:  # a proxy, DNS or TLS failure: every client library has its own classes
+            answer[0] = f"the hub cannot be reached ({type(error).__name__})"
+
+    thread = threading.Thread(target=ask, daemon=True)  # a timeout per connection is no bound on the whole
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    return answer[0]
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        why = "HF_HUB_OFFLINE is set"
+    else:
+        why = hub_answers(name)
+    if why:
+        raise ModelError(
+            f"model {name!r} cannot be had: there is no folder of that name, it is not complete in the cache "
+            f"{HF_HUB_CACHE}, and {why}. Give --model FOLDER, or try `python train.py demo`."
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except Exception as error:
+        raise ModelError(f"model {name!r}: the download failed: {error}. Run again to go on with it.") from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder, with a pad token that is not the end token.
+
+    A pad equal to the end token would hide the end from every collator that masks padding; Qwen keeps them apart.
+    """
+    from transformers import AutoTokenizer
+
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    if not ((folder / names[0]).exists() or all((folder / name).exists() for name in ("vocab.json", "merges.txt"))):
+        missing = " and ".join(name for name in names if not (folder / name).exists())
+        raise ModelError(f"{folder} has no tokenizer: copy {missing} there from the original model.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
+    if tokenizer.convert_tokens_to_ids("<|im_end|>") is not None:
+        tokenizer.eos_token = "<|im_end|>"
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        tokenizer.pad_token = "<|endoftext|>"
+    return tokenizer
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int = 0) -> nn.Module:
+    """The base model of a folder, frozen, in dtype on device. Raises ModelError when it is not one we train exactly.
+
+    bits: 4 or 8 to hold its linear layers in; 0: as they are
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    attention.register()
+    keep_few_products()
+    config = _config(folder)
+    try:
+        weight_files(folder)  # an index may name files elsewhere
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
+    model, info = loaded
+    if odd := [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]:
+        which = f"{len(odd)} of them, the first {odd[0]}"
+        raise ModelError(f"{folder}: its weights are not those of its config.json: {which}.")
+    model.generation_config.pad_token_id = model.generation_config.pad_token_id or config.pad_token_id
+    model.requires_grad_(False)
+    place = torch.device("cpu") if bits else device  # layers go to the device one by one: as it is it may not fit there
+    model = nn.Module.to(model, place).eval()
+    if config.model_type not in KNOWN:
+        _refuse_unlike(model)
+    if bits:
+        model.base_fingerprint = fingerprint(model)
+        quantise(model, bits, device)
+    return nn.Module.to(model, device)
+
+
+def num_layers(folder: Path) -> int:
+    """How many decoder layers the model of a folder has. Raises ModelError when it is not one we train exactly."""
+    return _config(folder).num_hidden_layers
+
+
+def empty_model(folder: Path, dtype: torch.dtype, layers: int) -> Any:
+    """The model of a folder with so many of its layers on the meta device: shapes without weights."""
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    config = _config(folder)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder}: the model cannot be built: {first_line(error)}") from error
+
+
+def _config(folder: Path) -> Any:
+    """config.json of a model folder. Raises ModelError when it is not one we train exactly."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
+    _refuse_inexact(config)
+    return config
+
+
+def _refuse_inexact(config: Any) -> None:
+    """Packed attention is full causal attention: a model with another kind would be trained on the wrong function."""
+    kind = f"model type {config.model_type}"
+    if getattr(config, "quantization_config", None):
+        where = config.name_or_path
+        raise ModelError(
+            f"{where}: its files hold quantised weights: give the original as --model, and --load_in_4bit."
+        )
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if others:
+        raise ModelError(
+            f"{kind}: layers of type {', '.join(sorted(others))} are not supported: what is trained here attends to "
+            "all tokens before. Give another --model."
+        )
+    if window := getattr(config, "sliding_window", None):
+        raise ModelError(
+            f"{kind}: its sliding_window of {window:,} tokens is not supported: what is trained here attends to "
+            "all tokens before. Give another --model."
+        )
+    if getattr(config, "attention_dropout", 0.0):
+        raise ModelError(f"{kind}: attention_dropout is set; it is not supported.")
+
+
+@torch.no_grad()
+def _refuse_unlike(model: Any) -> None:
+    """Two short examples packed and each by itself: raises ModelError where the logits are not the same."""
+    kind, head = f"model type {model.config.model_type}", head_weight(model)
+    ids = np.random.default_rng(0).integers(0, len(head), (2, 16)).astype(np.int32)
+    examples = [Example(row[:length], row[:length]) for row, length in zip(ids, (16, 9), strict=True)]
+    alone = [torch.tensor(example.input_ids[None, :-1].astype(np.int64), device=head.device) for example in examples]
+    expected = torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in alone]).float()
+    try:
+        with packed(model):
+            found = (hidden_states(model, collate(examples).to(head.device)) @ head.T).float()
+    except Exception as error:
+        why = first_line(error)
+        raise ModelError(f"{kind}: it does not take packed examples ({why}). Give another --model.") from error
+    difference, allowed = float((found - expected).abs().max()), 1e-3 if head.dtype == torch.float32 else 5e-2
+    if not difference <= allowed * float(expected.abs().max()):
+        raise ModelError(
+            f"{kind}: packed examples give other logits (by up to {difference:.2g}) than each by itself: there is "
+            "something in this model that is not known here. Give another --model."
+        )
+
+
+def folder_fingerprint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The identity of the base in a folder, as `fingerprint` gives it once the base is loaded."""
+    return fingerprint_of(_config(folder).to_dict(), tensors)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises ModelError for names that point out of it."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    try:
+        names = json.loads(index.read_bytes())["weight_map"].values()
+        names = sorted(set(names))
+        bad = [name for name in names if not re.fullmatch(r"[\w.-]+\.safetensors", name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index}: it does not say which file holds which tensor ({first_line(error)}).") from error
+    if bad or not names:
+        raise ModelError(f"{index}: {bad[:1] or 'nothing'} is not the name of a safetensors file beside it.")
+    return [folder / name for name in names]

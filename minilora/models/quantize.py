@@ -1,0 +1,65 @@
+"""A base whose linear layers are held in 4 or 8 bits, as bitsandbytes does it, for low-rank adapters on top.
+
+4 bits: nf4 with double quantisation (QLoRA, arXiv:2305.14314); 8: LLM.int8 (arXiv:2208.07339). Embeddings, norms and
+the output head stay as they are. The library's own layers multiply, and carry the gradient back through what they hold.
+"""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.errors import ConfigError, first_line
+
+OUTLIERS = 6.0  # LLM.int8 multiplies inputs beyond this in 16 bits (section 3.2 of the paper)
+INSTALL = "pip install bitsandbytes"
+
+
+def library(device: torch.device) -> Any:
+    """bitsandbytes, having quantised a small weight on this device. Raises ConfigError in one line where it cannot."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product in 8 bits
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise ConfigError(f"load_in_4bit and load_in_8bit need bitsandbytes ({error}): {INSTALL}") from error
+    try:
+        held(bnb, nn.Linear(64, 64, bias=False), 4, device)
+    except Exception as error:  # a library without CUDA says so in many ways, and only when it is used
+        raise ConfigError(
+            f"bitsandbytes {bnb.__version__} does not work on {device}: {first_line(error)}. {INSTALL} --upgrade, or "
+            "leave load_in_4bit and load_in_8bit out."
+        ) from error
+    return bnb
+
+
+def quantise(model: Any, bits: int, device: torch.device) -> None:
+    """Hold the linear layers of a loaded model in 4 or 8 bits on a device, all but its output head, one by one."""
+    bnb = library(device)
+    head = model.get_output_embeddings()
+    linears = [(name, layer) for name, layer in model.named_modules() if type(layer) is nn.Linear and layer is not head]
+    for name, layer in linears:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, held(bnb, layer, bits, device))
+
+
+def held(bnb: Any, layer: nn.Linear, bits: int, device: torch.device) -> nn.Module:
+    """A linear layer in bitsandbytes' form, on a device; it multiplies in the dtype that the layer has."""
+    shape = (layer.in_features, layer.out_features, layer.bias is not None)
+    if bits == 4:
+        how = {"compress_statistics": True, "quant_type": "nf4"}
+        new = bnb.nn.Linear4bit(*shape, compute_dtype=layer.weight.dtype, device="meta", **how)
+        new.weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, module=new, **how)
+    else:
+        new = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=OUTLIERS, device="meta")
+        new.weight = bnb.nn.Int8Params(layer.weight.detach(), requires_grad=False, has_fp16_weights=False)
+    new.bias = layer.bias
+    new.support_avx512bf16_for_cpu = False  # else the first answer packs the weight anew, in a form without a gradient
+    return new.to(device)
+
+
+def num_elements(param: Tensor) -> int:
+    """How many numbers a parameter stands for: one in 4 bits holds two in each byte."""
+    state = getattr(param, "quant_state", None)
+    return param.numel() if state is None else math.prod(state.shape)

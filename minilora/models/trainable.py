@@ -1,0 +1,63 @@
+"""What of a base is trained: low-rank adapters around its linear layers, or every weight."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.config import TrainConfig
+from minilora.decoder import speed_up
+from minilora.errors import ConfigError
+from minilora.lora import inject, lora_layers
+from minilora.lora_variants import main_directions
+
+
+def make_trainable(model: Any, config: TrainConfig, checkpointing: bool, preserve_rng_state: bool = True) -> None:
+    """Put into a base what is trained in it, and give its modules their lean forms.
+
+    checkpointing: recompute activations in the backward pass; preserve_rng_state: with the same random numbers
+    """
+    if config.method == "lora":
+        shape = (config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora)
+        inject(model, config.target_modules, *shape, seed=config.seed, dora=config.use_dora)
+        if config.init_lora_weights == "pissa":
+            start_at_main_directions(model, config.seed)
+    else:
+        model.requires_grad_(True)
+    speed_up(model, config.torch_compile)
+    if checkpointing:  # transformers gave its method a new name in 5.2x
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": preserve_rng_state})
+
+
+def in_words(config: TrainConfig) -> str:
+    """What is trained, for the header."""
+    if config.method == "full":
+        return "every weight, fp32 masters"
+    flavours = {
+        "rsLoRA": config.use_rslora,
+        "DoRA": config.use_dora,
+        "PiSSA": config.init_lora_weights == "pissa",
+        f"LoRA+ {config.loraplus_lr_ratio:g}": config.loraplus_lr_ratio != 1,
+    }
+    chosen = "".join(f", {name}" for name, on in flavours.items() if on)
+    shape = f"r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}{chosen}"
+    held = f", the base in {config.base_bits} bits" if config.base_bits else ""
+    return f"{shape} on {', '.join(config.target_modules)}{held}"
+
+
+@torch.no_grad()
+def start_at_main_directions(model: nn.Module, seed: int) -> None:
+    """PiSSA: A and B begin as the largest directions of their weight, and keep that start; W0 stays as it is.
+
+    Raises ConfigError for a weight that has fewer directions than the rank.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, layer in lora_layers(model).items():
+            rank, most = len(layer.lora_A), min(layer.base_layer.weight.shape)
+            if rank > most:
+                raise ConfigError(f"init_lora_weights = 'pissa': {name} has {most} directions, lora_r is {rank}.")
+            layer.lora_A0, layer.lora_B0 = main_directions(layer.base_layer.weight, rank, layer.scale)
+            layer.lora_A.copy_(layer.lora_A0)
+            layer.lora_B.copy_(layer.lora_B0)

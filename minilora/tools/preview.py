@@ -1,0 +1,342 @@
+"""`minilora preview`: rows as the model will see them, and what a file of them holds; no weights are loaded."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.config import TrainConfig
+from minilora.data.dataset import IGNORE, Dataset, tokenize
+from minilora.data.formats import Row
+from minilora.data.jsonl import MAX_LINE_BYTES
+from minilora.data.markup import ChatMarkup
+from minilora.data.report import DataReport
+from minilora.data.rows import read_rows
+from minilora.models.load import find_model, load_tokenizer
+from minilora.tools.inspect import token_text, visible
+from minilora.training.setup import longest_allowed
+from minilora.utils import files
+from minilora.utils.html import Html, bar, colour, page, section, table, tag
+from minilora.utils.terminal import say, style
+
+MAX_BINS, BAR_COLUMNS, LINES_NAMED = 12, 40, 5
+NO_LIMIT = MAX_LINE_BYTES  # tokens: a line has no more bytes, and a token at least one
+WIDTHS = tuple(step * power for power in (1, 10**3, 10**6) for step in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A row as the model will see it.
+
+    pieces: (kind, text), neighbours of one kind together; kinds: learned, read, control (markup, read too), cut
+    tokens: (text, id) of each token, those that are cut included
+    """
+
+    line: int
+    kept: int  # tokens that the model gets; 0: the row is dropped
+    learned: int  # of these
+    fate: str  # what becomes of a row that is not taken as it is
+    pieces: list[tuple[str, str]]
+    tokens: list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a file holds. Lists are line numbers; lengths are tokens of a row before anything is cut."""
+
+    file: str
+    format: str
+    rows: int
+    bad: list[str]  # "file:line: reason"
+    dropped: dict[str, list[int]]  # by reason
+    kept: int
+    truncated: list[int]
+    lengths: dict[str, float]  # min, median, mean, p95, max
+    bins: list[tuple[int, int, int]]  # (shortest, longest, rows) of a histogram
+    max_length: int
+    tokens: int  # of the rows kept, after cutting
+    supervised_tokens: int
+    not_ended: list[int]  # rows kept whose last supervised token is not the end token
+    copies: list[tuple[int, int]]  # (line, the earlier line that it repeats)
+    contradictions: list[tuple[int, int]]  # (line, an earlier line with the same prompt and another answer)
+    spelled: list[int]  # rows whose text spells a control token, which stays text
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Some rows as the model will see them, and the statistics of all."""
+
+    rows: list[Shown]
+    asked: int  # how many were to be shown
+    statistics: Statistics
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Material:
+    """A file as it was read: its examples without a limit of length, and those that a run takes."""
+
+    config: TrainConfig
+    rows: list[Row]
+    report: DataReport
+    tokenizer: Any
+    markup: ChatMarkup
+    max_length: int
+    whole: Dataset
+    dataset: Dataset
+
+    def why_dropped(self, length: int) -> str:
+        """Why a row of so many tokens is not among those that a run takes."""
+        if self.config.overlong == "drop" and length > self.max_length:
+            return f"longer than max_length {self.max_length:,}"
+        return f"nothing to learn is left within max_length {self.max_length:,}"
+
+
+def preview(path: str, config: TrainConfig, num_rows: int, from_line: int) -> Preview:
+    """Look through a file by the settings of a run. What training would refuse is refused with the same words.
+
+    Only bad rows are not: they are left out and counted, so that the rest can be seen.
+    """
+    notes: list[str] = []
+    material = read(path, config, notes)
+    seen = [row for row in material.rows if row.line >= from_line][:num_rows]
+    return Preview([shown(material, row.line) for row in seen], num_rows, statistics(material), notes)
+
+
+def read(path: str, config: TrainConfig, notes: list[str]) -> Material:
+    """Everything that is looked at; `notes` tells where the model limits max_length."""
+    rows, report = read_rows(path, "skip")
+    base_folder = find_model(config.model)
+    tokenizer = load_tokenizer(base_folder)
+    markup = ChatMarkup(tokenizer)
+    longest = longest_allowed(config, base_folder, notes)
+    how: dict[str, Any] = {"system_prompt": config.system_prompt, "train_on_prompt": config.train_on_prompt}
+    copy = dataclasses.replace(report)  # the figures are those of what a run takes
+    whole = tokenize(rows, markup, copy, max_length=NO_LIMIT, overlong="truncate", **how)
+    dataset = tokenize(rows, markup, report, max_length=longest, overlong=config.overlong, **how)
+    return Material(config, rows, report, tokenizer, markup, longest, whole, dataset)
+
+
+def shown(material: Material, line: int) -> Shown:
+    """The row of a line."""
+    tokenizer = material.tokenizer
+    ids, supervised = of_line(material.whole, line)
+    kept = len(of_line(material.dataset, line)[0])
+    fate = ""
+    if not kept:
+        fate = f"dropped: {material.why_dropped(len(ids))}"
+    elif kept < len(ids):
+        fate = f"cut: {len(ids) - kept:,} of {len(ids):,} tokens are beyond max_length {material.max_length:,}"
+    control = set(tokenizer.added_tokens_decoder)
+
+    def kind(place: int) -> str:
+        if place >= kept:
+            return "cut"
+        return "learned" if supervised[place] else "control" if ids[place] in control else "read"
+
+    pieces = []
+    for name, places in groupby(range(len(ids)), kind):
+        pieces.append((name, tokenizer.decode([ids[place] for place in places], skip_special_tokens=False)))
+    tokens = [(token_text(tokenizer, id), id) for id in ids]
+    return Shown(line, kept, sum(supervised[:kept]), fate, pieces, tokens)
+
+
+def of_line(dataset: Dataset, line: int) -> tuple[list[int], list[bool]]:
+    """(ids, supervised) of the example from that line; empty where there is none."""
+    for place in np.flatnonzero(dataset.lines == line):
+        example = dataset[place]
+        return example.input_ids.tolist(), (example.labels != IGNORE).tolist()
+    return [], []
+
+
+# ---------------------------------------------------------------------------------------- statistics
+
+
+def statistics(material: Material) -> Statistics:
+    """Count what a file holds."""
+    whole, dataset = material.whole, material.dataset
+    lengths, kept = whole.lengths, np.isin(whole.lines, dataset.lines)
+    dropped: dict[str, list[int]] = {}
+    for line, length in zip(whole.lines[~kept].tolist(), lengths[~kept].tolist(), strict=True):
+        dropped.setdefault(material.why_dropped(length), []).append(line)
+    copies, contradictions = repeats(material.rows)
+    tokens = material.tokenizer.added_tokens_decoder.values()
+    spelling = re.compile("|".join(re.escape(token.content) for token in tokens))
+    return Statistics(
+        file=material.report.file,
+        format=material.report.format,
+        rows=material.report.rows,
+        bad=material.report.bad,
+        dropped=dropped,
+        kept=len(dataset),
+        truncated=dataset.lines[dataset.lengths < lengths[kept]].tolist(),
+        lengths={
+            "min": int(lengths.min()),
+            "median": int(np.percentile(lengths, 50, method="higher")),
+            "mean": round(float(lengths.mean()), 1),
+            "p95": int(np.percentile(lengths, 95, method="higher")),
+            "max": int(lengths.max()),
+        },
+        bins=histogram(lengths),
+        max_length=material.max_length,
+        tokens=int(dataset.lengths.sum()),
+        supervised_tokens=int(dataset.counts.sum()),
+        not_ended=dataset.lines[~ended(dataset, material.markup)].tolist(),
+        copies=copies,
+        contradictions=contradictions,
+        spelled=[row.line for row in material.rows if any(spelling.search(turn.content) for turn in row.turns)],
+    )
+
+
+def ended(dataset: Dataset, markup: ChatMarkup) -> np.ndarray:
+    """Whether the last token of each example, but for a line's end behind it, is the end token and learned. (rows,)"""
+    labels = (example.labels for example in dataset)  # an example ends with a token that is learned, and has two
+    return np.array([each[-2] if each[-1] in markup.newline else each[-1] for each in labels]) == markup.end
+
+
+def repeats(rows: Iterable[Row]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """((line, earlier line that says the same), (line, earlier line that answers the same prompt otherwise))."""
+    copies, contradictions = [], []
+    first: dict[Any, int] = {}
+    first_of_prompt: dict[Any, int] = {}
+    for row in rows:
+        earlier = first.setdefault(row.turns, row.line)
+        if earlier != row.line:
+            copies.append((row.line, earlier))
+            continue
+        earlier = first_of_prompt.setdefault(row.turns[:-1], row.line)
+        if earlier != row.line:
+            contradictions.append((row.line, earlier))
+    return copies, contradictions
+
+
+def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """(shortest, longest, rows) of at most MAX_BINS bins of a round width; the last takes the few that are far out."""
+    low, most = int(lengths.min()), int(np.percentile(lengths, 99, method="higher"))
+    width = next(width for width in WIDTHS if most // width - low // width < MAX_BINS)
+    first, last = low // width, most // width
+    counts = np.bincount(np.minimum(lengths // width, last) - first, minlength=last - first + 1).tolist()
+    bins = [((first + i) * width, (first + i + 1) * width - 1, count) for i, count in enumerate(counts)]
+    bins[-1] = (bins[-1][0], max(bins[-1][1], int(lengths.max())), bins[-1][2])
+    return bins
+
+
+# ---------------------------------------------------------------------------------------- what is said
+
+
+def show(found: Preview) -> None:
+    """Print a preview: the rows, then the statistics."""
+    for note in found.notes:
+        say("note", note)
+    plain = style("x", "32") == "x"
+    how = "stands between ⟦ ⟧" if plain else f"is {style('green', '32')}, markup {style('cyan', '36')}"
+    say("preview", f"what is learned {how}; the rest is only read")
+    for row in found.rows:
+        say(f"line {row.line}", in_words(row))
+        print(as_text(row), end="\n\n", flush=True)
+    if found.asked and not found.rows:
+        say("", "there is no row from that line on")
+    for label, text in facts(found.statistics):
+        say(label, visible(text))
+    largest = max(count for _, _, count in found.statistics.bins)
+    for i, (shortest, longest, count) in enumerate(found.statistics.bins):
+        blocks = "█" * -(-count * BAR_COLUMNS // largest)
+        beyond = "  all beyond max_length" if shortest > found.statistics.max_length else ""
+        say("" if i else "lengths", f"{shortest:>6,} - {longest:>6,}  {blocks:<{BAR_COLUMNS}} {count:,}{beyond}")
+
+
+def in_words(row: Shown) -> str:
+    """A row's tokens, and what becomes of it."""
+    return f"{row.kept:,} tokens, {row.learned:,} of them learned" + (f"; {row.fate}" if row.fate else "")
+
+
+def as_text(row: Shown) -> str:
+    """A row for the terminal; without colour what is learned stands in brackets."""
+    text = ""
+    for kind, part in row.pieces:
+        if kind == "cut":
+            text += style(f" ✂ {row.fate}", "33")
+            break
+        lines = [visible(line) for line in part.split("\n")]  # a row may hold codes that steer the terminal
+        code = {"learned": "32", "control": "36", "read": ""}[kind]
+        coloured = "\n".join(style(line, code) if code and line else line for line in lines)
+        text += f"⟦{coloured}⟧" if kind == "learned" and coloured == "\n".join(lines) else coloured
+    return text.rstrip("\n")
+
+
+def facts(found: Statistics) -> Iterator[tuple[str, str]]:
+    """(label, text) of each thing that is to be known of a file."""
+    yield "file", f"{found.file}: {found.rows:,} rows of {found.format}, {found.kept:,} kept"
+    for line in found.bad[:LINES_NAMED]:
+        yield "  bad", line
+    if found.bad:
+        yield "  bad", f"{len(found.bad):,} in all: without --on_bad_rows skip training refuses the file"
+    for why, lines in found.dropped.items():
+        yield "  dropped", f"{_rows(lines)}: {why}"
+    lengths = " / ".join(f"{found.lengths[key]:,}" for key in ("min", "median", "mean", "p95", "max"))
+    yield "tokens", f"a row, min / median / mean / p95 / max: {lengths}"
+    if found.truncated:
+        yield "  cut", f"{_rows(found.truncated)}, to max_length {found.max_length:,}"
+    share = 100 * found.supervised_tokens / found.tokens
+    yield "learned", f"{found.supervised_tokens:,} of {found.tokens:,} tokens, {share:.0f} %"
+    never = f"; not {_rows(found.not_ended)}: there the model learns no end" if found.not_ended else ""
+    yield (
+        "end token",
+        f"{found.kept - len(found.not_ended):,} of {found.kept:,} rows end with a learned end token{never}",
+    )
+    copies = [line for line, _ in found.copies]
+    yield "duplicates", f"{_rows(copies)}, the same as an earlier one: {_pairs(found.copies)}" if copies else "none"
+    if found.contradictions:
+        lines = [line for line, _ in found.contradictions]
+        yield "", f"{_rows(lines)}, another answer to an earlier row's prompt: {_pairs(found.contradictions)}"
+    if found.spelled:
+        yield "markup", f"{_rows(found.spelled)}, text that spells a control token; it stays text"
+
+
+def _rows(lines: Sequence[int]) -> str:
+    named = ", ".join(map(str, lines[:LINES_NAMED])) + (", ..." if len(lines) > LINES_NAMED else "")
+    return f"{len(lines):,} row{'s' * (len(lines) != 1)} (line{'s' * (len(lines) != 1)} {named})"
+
+
+def _pairs(pairs: Sequence[tuple[int, int]]) -> str:
+    named = ", ".join(f"{line} as {earlier}" for line, earlier in pairs[:LINES_NAMED])
+    return named + (", ..." if len(pairs) > LINES_NAMED else "")
+
+
+def save_page(found: Preview, path: Path) -> None:
+    """The preview as a page."""
+    files.replace_file(path, [as_page(found).encode()])
+
+
+def as_page(found: Preview) -> Html:
+    """The preview as HTML."""
+    stats = found.statistics
+    largest = max(count for _, _, count in stats.bins)
+    bins = [
+        (f"{shortest:,} to {longest:,}", f"{count:,}", bar(count / largest, int(shortest > stats.max_length)))
+        for shortest, longest, count in stats.bins
+    ]
+    kinds = (("mark", "learned", ""), ("span", "only read", ""), ("span", "markup", "control"), ("span", "cut", "cut"))
+    legend = tag("p", *(tag("span", tag(name, text, class_=kind), " ") for name, text, kind in kinds))
+    beyond = tag("span", "■ ", class_=colour(1)), f"all beyond max_length {stats.max_length:,}"
+    head = ("tokens a row", "rows", tag("span", *beyond) if stats.bins[-1][0] > stats.max_length else "")
+    return page(
+        f"Rows of {stats.file}",
+        *(tag("p", note) for note in found.notes),
+        section("The file", table((), facts(stats))),
+        section("Lengths", table(head, bins, numbers=(0, 1))),
+        section("Rows as the model sees them", legend, *map(_row_as_html, found.rows)),
+    )
+
+
+def _row_as_html(row: Shown) -> Html:
+    text = [tag("mark" if kind == "learned" else "span", part, class_=kind) for kind, part in row.pieces]
+    single = [tag("span", visible(part), " ", tag("small", id)) for part, id in row.tokens]
+    details = tag("details", tag("summary", "token by token, with ids"), tag("p", *single, class_="chips"))
+    head = tag("p", f"line {row.line}: {in_words(row)}", class_="soft")
+    return tag("div", head, tag("pre", *text), details, class_="card row")

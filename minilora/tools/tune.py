@@ -1,0 +1,164 @@
+"""`minilora tune`: a short search for the learning rate on one's own rows; one table, one suggestion, no run left.
+
+Every rate gets the same short run: from the same A, over the same rows in the same order, with the same dropout, judged
+on the same held-out rows. The base is loaded once; between two rates what is trained is put back.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilora.config import TrainConfig
+from minilora.data.dataset import Dataset
+from minilora.errors import ConfigError, DataError, DivergedError
+from minilora.loop import evaluate, train_step
+from minilora.models.trainable import in_words
+from minilora.training.checkpoint import TrainState, trainable
+from minilora.training.run import Run
+from minilora.training.setup import prepare
+from minilora.training.signals import StopRequest
+from minilora.utils.terminal import say
+
+GRID = {"lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "full": (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)}  # the middle one comes first
+NEARLY = 0.9  # of the best gain: the rest may be noise, and the lower rate is the safer one in a longer run
+
+
+@dataclass(frozen=True)
+class Search:
+    """What each rate is tried on. rates: all of these; none: from the middle of GRID to where the loss is lowest."""
+
+    rates: tuple[float, ...]
+    steps: int
+    rows: int  # of a step
+    held_out: int
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.rows, self.held_out) < 1:
+            raise ConfigError("--steps, --rows and --held_out must be at least 1")
+        if not all(0 < rate < math.inf for rate in self.rates):
+            raise ConfigError(f"--rates {' '.join(map(str, self.rates))}: a rate is a number above 0")
+
+
+def tune(config: TrainConfig, search: Search) -> float | None:
+    """Try rates on a few rows, print a table; returns the suggested rate, None where no rate lowered the loss.
+
+    Raises what `run.prepare` raises, DataError when there are too few rows.
+    """
+    losses: dict[float, float] = {}
+    with StopRequest() as stop, TemporaryDirectory(prefix="minilora-tune-") as folder, ExitStack() as held:
+        run = prepare(short_run(config, search, Path(folder) / "run"), stop, held, header=False)
+        with stop.interruptible():  # nothing can be lost
+            rows = held_out_rows(run, search)
+            start = {name: param.detach().clone() for name, param in trainable(run.model).items()}
+            before = evaluate(run, rows)
+            _head(run, search, len(rows), before)
+
+            def loss_at(rate: float) -> float:
+                if rate not in losses:
+                    losses[rate] = loss_after(run, rate, start, rows)
+                    shown = f"{rate:.0e}" if float(f"{rate:.0e}") == rate else f"{rate:g}"
+                    print(f"{shown:>14}  {losses[rate]:>13.4f}", flush=True)
+                return losses[rate]
+
+            if search.rates:
+                for rate in search.rates:
+                    loss_at(rate)
+            else:
+                if config.learning_rate:
+                    loss_at(config.learning_rate)  # what the run would take as it is
+                descend(sorted({*GRID[config.method], *losses}), GRID[config.method][2], loss_at)
+    suggested = suggestion(before, losses)
+    _advice(search, suggested)
+    return suggested
+
+
+def descend(grid: Sequence[float], first: float, loss_at: Callable[[float], float]) -> None:
+    """From a rate of the grid up, or else down, as long as the loss falls: over the rate it has one valley."""
+    best = grid.index(first)
+    for way in (1, -1):  # down again is tried only where up was no better
+        while 0 <= best + way < len(grid) and loss_at(grid[best]) > loss_at(grid[best + way]):
+            best += way
+
+
+def short_run(config: TrainConfig, search: Search, folder: Path) -> TrainConfig:
+    """The settings of the short runs: those of the run itself but for its length, at a rate that stays."""
+    return dataclasses.replace(
+        config,
+        output_dir=str(folder),
+        resume="never",
+        per_device_train_batch_size=search.rows,
+        gradient_accumulation_steps=1,
+        max_steps=search.steps,
+        train_weights=(),  # each row once, so that those of the end are held out
+        eval_samples=0,
+        report_to="none",
+        lr_scheduler_type="constant",
+        warmup_ratio=0.0,
+    )
+
+
+def held_out_rows(run: Run, search: Search) -> Dataset:
+    """Rows to judge by: of the evaluation set, or of those that the short run does not come to."""
+    rng = np.random.default_rng(run.config.seed)
+    if run.eval_set is not None:
+        return run.eval_set.subset(rng.permutation(len(run.eval_set))[: search.held_out])
+    learnt = np.concatenate([run.schedule.examples_of(step) for step in range(search.steps)])
+    others = np.setdiff1d(np.arange(len(run.train_set)), learnt)
+    if len(others) < search.held_out:
+        raise DataError(
+            f"{', '.join(run.config.train_files)}: {len(run.train_set):,} rows do not make {search.steps} steps of "
+            f"{search.rows} rows and {search.held_out} held-out ones: give smaller --steps, --rows or --held_out"
+        )
+    return run.train_set.subset(rng.permutation(others)[: search.held_out])
+
+
+def loss_after(run: Run, rate: float, start: dict[str, Tensor], rows: Dataset) -> float:
+    """The held-out loss after a short run at this rate, from `start`."""
+    with torch.no_grad():
+        for name, param in trainable(run.model).items():
+            param.copy_(start[name])
+    run.optimizer.state.clear()
+    run.config = dataclasses.replace(run.config, learning_rate=rate)
+    run.state = TrainState(asked_tokens=run.state.asked_tokens, max_tokens=run.state.max_tokens)
+    try:
+        while run.state.step < run.schedule.num_steps:
+            train_step(run)
+        loss = evaluate(run, rows)
+    except DivergedError:
+        return math.inf
+    return loss if math.isfinite(loss) else math.inf
+
+
+def suggestion(before: float, losses: Mapping[float, float]) -> float | None:
+    """The lowest rate with nearly the gain of the best one; None where none lowered the loss."""
+    best = before - min(losses.values())
+    return min(rate for rate, loss in losses.items() if before - loss >= NEARLY * best) if best > 0 else None
+
+
+def _head(run: Run, search: Search, held_out: int, before: float) -> None:
+    config = run.config
+    trained_on = ", ".join(config.train_files)
+    say("model", f"{config.model}, {in_words(config)}")
+    say(
+        "each rate",
+        f"{search.steps} steps of {min(search.rows, len(run.train_set)):,} rows of {trained_on}, beginning anew",
+    )
+    say("judged by", f"{held_out} other rows of {config.eval_file or trained_on}")
+    print(f"\n{'learning rate':>14}  {'held-out loss':>13}\n{'(before)':>14}  {before:>13.4f}", flush=True)
+
+
+def _advice(search: Search, rate: float | None) -> None:
+    print()
+    if rate is None:
+        say("suggested", f"none of these: no rate lowered the loss in {search.steps} steps. Try lower --rates")
+        return
+    say("suggested", f"--learning_rate {rate:g}")
+    say("", "found in a few steps: in a run of many epochs keep an eye on the held-out loss (early_stopping_patience)")

@@ -1,0 +1,1 @@
+"""Everything a run needs around its loop: set-up, checkpoints, log, report."""

@@ -1,0 +1,342 @@
+"""The state of a whole run in a folder: safetensors and JSON, a manifest written last, found again only when whole."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import reprlib
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minilora.config import FIELDS
+from minilora.distributed.world import collect, full_tensor, sharded_like
+from minilora.errors import CheckpointError, StorageError
+from minilora.utils import files
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+WEIGHTS, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
+EMPTY_SAFETENSORS_BYTES = 64  # a header without tensors
+# Keys a resumed run may change: how long, how fast and how talkative it is. Those of the cut change what dropout draws,
+# those of the length change the learning rate's schedule; an unchanged run goes on to the bit.
+FREE_KEYS = frozenset(
+    (
+        *("model", "train_file", "eval_file"),  # their content is compared, not their place
+        *("output_dir", "resume", "device", "on_bad_rows", "logging_steps", "eval_steps", "save_steps"),
+        *("save_total_limit", "num_train_epochs", "max_steps", "early_stopping_patience", "eval_samples", "report_to"),
+        *("max_tokens_per_micro_batch", "gradient_checkpointing", "packing", "share_prefix", "fsdp", "torch_compile"),
+    )
+)
+PER_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product with the processes counts
+DEFAULTS = {
+    name: list(field.default) if isinstance(field.default, tuple) else field.default for name, field in FIELDS.items()
+}
+
+
+@dataclass
+class TrainState:
+    """What a run knows beyond weights and moments; all of it survives a resume."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0  # inside training steps
+    skipped_steps: int = 0  # for non-finite loss or gradient
+    skipped_in_a_row: int = 0
+    asked_tokens: int = 0  # token budget of a micro-batch as the settings say
+    max_tokens: int = 0  # the one in force: lowered by out-of-memory
+    first_loss: float | None = None
+    last_loss: float | None = None
+    first_eval_loss: float | None = None
+    last_eval_loss: float | None = None
+    best_eval_loss: float | None = None
+    evals_since_best: int = 0
+    evaluated_step: int = -1  # the step of the last evaluation
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be the same for a checkpoint to continue exactly."""
+
+    config: dict[str, Any]
+    base_fingerprint: str
+    dataset_sha256: str
+    versions: dict[str, str]
+    world_size: int = 1  # processes; what a step takes is the same whatever their number
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """What has changed since `saved` was written, a line each; FREE_KEYS may.
+
+        A key that is newer than `saved` was at its default then.
+        """
+        before = saved.get("config")
+        before = DEFAULTS | (before if isinstance(before, dict) else {})
+        changed = [
+            f"{key}: was {reprlib.repr(before.get(key))}, is {value!r}"
+            for key, value in self.config.items()
+            if key not in FREE_KEYS and key not in PER_STEP and before.get(key) != value
+        ]
+        was_taken, were = per_step(before, saved.get("world_size", 1))
+        is_taken, are = per_step(self.config, self.world_size)
+        if were != are:
+            changed.append(f"examples a step: were {was_taken}, are {is_taken}{_how_to_take(were, self)}")
+        for key, words in (("base_fingerprint", "the base model"), ("dataset_sha256", "the training data")):
+            if saved.get(key) != getattr(self, key):
+                before_it, now_it = str(saved.get(key)), str(getattr(self, key))
+                starts = range(0, max(len(before_it), len(now_it)), 64)  # of several files: the first one that differs
+                at = next(start for start in starts if before_it[start : start + 64] != now_it[start : start + 64])
+                was, now = (f"{value[at : at + 12] or 'none'}…" for value in (before_it, now_it))
+                changed.append(f"{words} has changed: fingerprint was {was}, is now {now}")
+        return changed
+
+
+def per_step(config: Mapping[str, Any], world_size: Any) -> tuple[str, int]:
+    """The examples that a step takes, as a product in words and as a number; 0 where the settings are no numbers."""
+    factors = [*(config.get(key) for key in PER_STEP), world_size]
+    if not all(isinstance(factor, int) and 0 < factor < 2**31 for factor in factors):
+        return "unknown", 0
+    product = math.prod(factors)
+    processes = f" x {world_size} processes" if world_size > 1 else ""
+    return f"{factors[0]} x {factors[1]}{processes} = {product}", product
+
+
+def _how_to_take(examples: int, identity: Identity) -> str:
+    """The settings with which a step takes so many examples, for a message."""
+    size, each = identity.world_size, identity.config[PER_STEP[0]]
+    if not examples:
+        return ""
+    if examples % (size * each) == 0:
+        return f"; set --gradient_accumulation_steps {examples // (size * each)}"
+    if examples % size == 0:
+        return f"; set --per_device_train_batch_size {examples // size} --gradient_accumulation_steps 1"
+    return f"; {size} processes cannot share {examples} equally: take a number of them that divides it"
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name, in the model's order."""
+    return {name: param for name, param in model.named_parameters() if param.requires_grad}
+
+
+def starts(model: nn.Module) -> dict[str, Tensor]:
+    """What PiSSA's adapters began as, by name: frozen, but not to be had again to the bit on every machine."""
+    return {name: buffer for name, buffer in model.named_buffers() if name.endswith((".lora_A0", ".lora_B0"))}
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step-{step:06d}"
+
+
+def save(
+    run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, identity: Identity, keep: int
+) -> Path:
+    """Write the checkpoint of state.step, check it, then delete later ones, and all but the newest `keep` (0: none).
+
+    Later ones are damaged, or of a way that the run has been taken back from: they stay until the new way is on disk.
+    """
+    path = checkpoint_path(run, state.step)
+    weights, moments = contents(model, optimizer)
+    with files.storage_errors(path.parent):
+        files.sweep(path.parent)
+    with files.new_folder(path) as folder:
+        records = {
+            WEIGHTS: files.write_file(
+                folder / WEIGHTS, files.safetensors_chunks(weights, {"format": "pt"}, full_tensor)
+            ),
+            MOMENTS: files.write_file(
+                folder / MOMENTS, files.safetensors_chunks(moments, {"format": "pt"}, full_tensor)
+            ),
+            STATE: files.write_file(folder / STATE, files.json_chunks(dataclasses.asdict(state))),
+        }
+        manifest = {
+            "schema": SCHEMA,
+            "step": state.step,
+            "files": {name: dataclasses.asdict(record) for name, record in records.items()},
+            **dataclasses.asdict(identity),
+        }
+        files.write_file(folder / MANIFEST, files.json_chunks(manifest | {"sha256": _own_sha256(manifest)}))
+    try:
+        validate(path)
+    except CheckpointError as error:  # nothing but the disk can have done this
+        raise StorageError(f"{error} What was saved before is intact.") from error
+    remove_after(run, state.step)
+    with files.storage_errors(path.parent):
+        for old in checkpoints(run)[keep:] if keep else []:
+            if old != path:
+                files.remove_folder(old)
+    return path
+
+
+def contents(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(what is trained and what it began as, the optimizer's moments), by name, in the order of writing."""
+    params = trainable(model)
+    moments = {
+        f"{name}.{key}": value for name, param in params.items() for key, value in optimizer.state[param].items()
+    }
+    return params | starts(model), moments
+
+
+def take_part(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What the other processes do while one writes a checkpoint: give it their shards, in the order of `save`."""
+    for tensors in contents(model, optimizer):
+        collect(tensors.values())
+
+
+def _own_sha256(manifest: Mapping[str, Any]) -> str:
+    """The hash a manifest carries of itself: of its canonical JSON without that hash."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def remove_after(run: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: damaged, or of a way that the run is taken back from."""
+    with files.storage_errors(run):
+        for path in checkpoints(run):
+            if step_of(path) > step:
+                files.remove_folder(path)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoint folders of a run, newest first, valid or not."""
+    folder = run / "checkpoints"
+    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{6,12}", path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder, which is its name; 0 where it is named otherwise."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else 0
+
+
+def validate(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint all of whose bytes are as they were written. Raises CheckpointError."""
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(f"{path / MANIFEST}: schema is {manifest.get('schema')!r}, this version reads {SCHEMA}.")
+    try:
+        content = files.read_bytes(path / MANIFEST)
+    except ValueError as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error}.") from error
+    try:
+        as_written = b"".join(files.json_chunks(manifest))
+        unchanged = manifest.get("sha256") == _own_sha256(manifest) and content == as_written
+    except ValueError:  # numbers or characters that no manifest of ours holds
+        unchanged = False
+    if not unchanged:
+        raise CheckpointError(f"{path / MANIFEST}: it has changed since it was written (sha256 differs).")
+    records = manifest.get("files")
+    if not isinstance(records, dict) or set(records) != {WEIGHTS, MOMENTS, STATE}:
+        raise CheckpointError(
+            f"{path / MANIFEST}: 'files' must name {WEIGHTS}, {MOMENTS} and {STATE}, and nothing else."
+        )
+    for name in (WEIGHTS, MOMENTS, STATE):
+        record, file = records[name], path / name
+        if not isinstance(record, dict):
+            raise CheckpointError(f"{path / MANIFEST}: the entry of {name} is not an object.")
+        try:
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{file}: not a regular file.")
+            size = status.st_size
+            if size != record.get("size"):
+                raise CheckpointError(f"{file}: {size} bytes, the manifest says {record.get('size')}.")
+            with open(file, "rb") as opened:
+                digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{file}: {error.strerror}.") from error
+        if digest != record.get("sha256"):
+            raise CheckpointError(f"{file}: its bytes have changed since it was written (sha256 differs).")
+    return manifest
+
+
+def is_valid(path: Path) -> bool:
+    """Whether a checkpoint is there and whole."""
+    try:
+        validate(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a run. Raises CheckpointError naming the file."""
+    try:
+        return files.read_json(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}.") from error
+
+
+def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
+    """(the newest checkpoint that is whole, or None; why newer ones were passed over)."""
+    refused: list[str] = []
+    for path in checkpoints(run):
+        try:
+            validate(path)
+            return path, refused
+        except CheckpointError as error:
+            refused.append(str(error))
+    return None, refused
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity) -> TrainState:
+    """Put a checkpoint's weights, moments and counters in place. Raises CheckpointError before anything is changed."""
+    manifest = validate(path)
+    if changed := identity.differences(manifest):
+        raise CheckpointError(
+            f"{path} belongs to another run; what has changed:\n  "
+            + "\n  ".join(changed)
+            + "\nGo back to those settings, or start anew: --resume never with another --output_dir"
+        )
+    params, frozen = trainable(model), starts(model)
+    kept = params | frozen
+    weights = _read_tensors(path / WEIGHTS, {name: tuple(tensor.shape) for name, tensor in kept.items()})
+    shapes = {f"{name}.{key}": tuple(p.shape) for name, p in params.items() for key in ("exp_avg", "exp_avg_sq")}
+    stepped = manifest["files"][MOMENTS]["size"] > EMPTY_SAFETENSORS_BYTES  # not when every step so far was skipped
+    moments = _read_tensors(path / MOMENTS, shapes | {f"{name}.step": () for name in params} if stepped else {})
+    state = _read_state(path / STATE)
+    with torch.no_grad():
+        for name, buffer in frozen.items():
+            buffer.copy_(weights[name])
+        for name, param in params.items():
+            param.copy_(sharded_like(param, weights[name]))
+            if stepped:
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                own = {key: moments[f"{name}.{key}"].to(param.device) for key in keys}
+                optimizer.state[param] = {key: sharded_like(param, value) for key, value in own.items()}
+    return state
+
+
+def asked_tokens(path: Path) -> int:
+    """The token budget that a checkpoint's run was begun with. Raises CheckpointError."""
+    return _read_state(path / STATE).asked_tokens
+
+
+def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    try:
+        return files.read_tensors(path, shapes)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_state(path: Path) -> TrainState:
+    """Counters and losses of the types that TrainState says. Raises CheckpointError."""
+    saved = read_json(path)
+    kinds = {field.name: field.type for field in dataclasses.fields(TrainState)}
+    if set(saved) != set(kinds):
+        raise CheckpointError(
+            f"{path}: the fields are not those of this version: {sorted(set(saved) ^ set(kinds))[:5]}"
+        )
+    allowed = {"int": (int,), "float": (int, float), "float | None": (int, float, type(None))}
+    for key, value in saved.items():
+        fits = isinstance(value, allowed[str(getattr(kinds[key], "__name__", kinds[key]))])
+        if not fits or isinstance(value, bool) or (value is not None and not abs(value) < 2**62):
+            raise CheckpointError(f"{path}: {key} = {reprlib.repr(value)} is not usable.")
+    return TrainState(**saved)

@@ -1,0 +1,163 @@
+"""The end of a run: its result saved, loaded from the disk into a fresh base, compared, heard, and summed up."""
+
+import dataclasses
+import shlex
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minilora.decoder import speed_up
+from minilora.errors import StoppedError
+from minilora.inference.generate import ChatModel, sample_answers
+from minilora.models.probe import SAMPLE_PROMPTS, logits_of_shards, probe, probe_logits
+from minilora.training import checkpoint, report
+from minilora.training.log import SUMMARY
+from minilora.training.run import Run
+from minilora.training.saving import compare, reload, save_result
+from minilora.training.setup import parameter_counts
+from minilora.utils import files
+from minilora.utils.device import gib, peak_memory_bytes
+from minilora.utils.terminal import say
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json: the totals of a run."""
+
+    steps: int
+    stop_reason: str
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    predicted_peak_memory_bytes: int | None
+    trainable_parameters: int
+    parameters: int
+    skipped_steps: int
+    first_loss: float | None
+    last_loss: float | None
+    first_eval_loss: float | None
+    last_eval_loss: float | None
+    best_eval_loss: float | None
+    verified_max_logit_difference: float
+    result: str
+    answers: list[dict[str, str]]
+
+
+def finish(run: Run, stop_reason: str) -> Summary:
+    """Save the result, load it from the disk into a fresh model, compare, let it speak; write summary.json."""
+    result = run.folder / ("adapter" if run.config.method == "lora" else "model")
+    save_result(run, result)
+    world = run.world
+    world.run_on_main(
+        lambda: checkpoint.remove_after(run.folder, run.state.step)
+    )  # it ends here, whatever it went back from
+    with run.stop.interruptible() if world.main else nullcontext():  # the rest only looks at what is saved
+        counts = parameter_counts(run.model)
+        reference = _logits_as_saved(run) if world.main or world.sharded else None
+        if not world.main:
+            run.release()
+        return Summary(
+            **world.run_on_main(lambda: dataclasses.asdict(_verify(run, stop_reason, result, counts, reference)))
+        )
+
+
+def _logits_as_saved(run: Run) -> torch.Tensor:
+    """What the trained model makes of the probe, its weights rounded as they are saved. (tokens, vocabulary)"""
+    ids = probe(run.markup, run.config.system_prompt)
+    speed_up(run.model)  # without compiled kernels, which round otherwise: a fresh base has none
+    if run.world.sharded:
+        return logits_of_shards(run.model, ids, run.dtype)
+    if run.config.method == "full":  # the rotary buffers stay in fp32, as a loaded model has them
+        for param in run.model.parameters():
+            param.data = param.data.to(run.dtype)
+    return probe_logits(run.model, ids)
+
+
+def _verify(
+    run: Run, stop_reason: str, result: Path, counts: tuple[int, int], reference: torch.Tensor | None
+) -> Summary:
+    state, method = run.state, run.config.method
+    trained, total = counts
+    peak = peak_memory_bytes(run.device)
+    ids = probe(run.markup, run.config.system_prompt)
+    run.release()  # the card may not hold two bases
+    place = torch.device("cpu") if run.world.sharded else run.device  # nor one, where the base is sharded
+    base, apply = reload(run.base_folder, result, method, run.dtype, place, run.config.base_bits)
+    before = sample_answers(ChatModel(base, run.tokenizer, run.markup, run.config.system_prompt))
+    tuned = apply()
+    assert reference is not None, "the process that writes has one"
+    difference = compare(reference, tuned, ids, result)
+    after = sample_answers(ChatModel(tuned, run.tokenizer, run.markup, run.config.system_prompt))
+    summary = Summary(
+        steps=state.step,
+        stop_reason=stop_reason,
+        tokens=state.tokens,
+        supervised_tokens=state.supervised_tokens,
+        seconds=state.seconds,
+        tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
+        peak_memory_bytes=peak,
+        predicted_peak_memory_bytes=run.predicted_peak_bytes,
+        trainable_parameters=trained,
+        parameters=total,
+        skipped_steps=state.skipped_steps,
+        first_loss=state.first_loss,
+        last_loss=state.last_loss,
+        first_eval_loss=state.first_eval_loss,
+        last_eval_loss=state.last_eval_loss,
+        best_eval_loss=state.best_eval_loss,
+        verified_max_logit_difference=difference,
+        result=result.name,
+        answers=[
+            {"prompt": prompt, "base": old, "tuned": new}
+            for prompt, old, new in zip(SAMPLE_PROMPTS, before, after, strict=True)
+        ],
+    )
+    files.replace_file(run.folder / SUMMARY, files.json_chunks(dataclasses.asdict(summary)))
+    _report(run, summary)
+    _write_page(run)
+    return summary
+
+
+def _write_page(run: Run) -> None:
+    """report.html. The run is done and verified: nothing that goes wrong with its picture makes it a failure."""
+    page = run.folder / report.REPORT
+    try:
+        report.write([run.folder], page)
+    except StoppedError:
+        raise
+    except Exception as error:
+        run.log.note(f"{page} could not be written: {error}")
+    else:
+        say("report", str(page))
+
+
+def _report(run: Run, summary: Summary) -> None:
+    for sample in summary.answers:
+        say("asked", sample["prompt"].replace("\n", " "))
+        say("  base", sample["base"].replace("\n", " "))
+        say("  tuned", sample["tuned"].replace("\n", " "))
+    result = run.folder / summary.result
+    say("done", f"{summary.stop_reason} after {summary.steps:,} steps, {summary.seconds:.1f} s in training steps")
+    say("speed", f"{summary.tokens_per_second:,.0f} tokens/s over {summary.tokens:,} real tokens")
+    if summary.first_loss is not None and summary.last_loss is not None:
+        say("loss", f"{summary.first_loss:.4f} -> {summary.last_loss:.4f} nats per supervised token")
+    if summary.first_eval_loss is not None and summary.last_eval_loss is not None:
+        say(
+            "held-out",
+            f"{summary.first_eval_loss:.4f} -> {summary.last_eval_loss:.4f} (best {summary.best_eval_loss:.4f})",
+        )
+    if run.eval_set is not None and not (run.folder / "best").exists():
+        start = "the adapter it began with" if run.config.adapter else "the untrained base"
+        say("", f"no evaluation was better than {start}: no best/")
+    predicted = summary.predicted_peak_memory_bytes
+    said = f", {gib(predicted)} were predicted" if predicted else ""
+    say("memory", f"{gib(summary.peak_memory_bytes)} at the peak{said}")
+    difference = summary.verified_max_logit_difference
+    say("verified", f"{result}: loaded from the disk into a fresh base, largest logit difference {difference:.3g}")
+    which = f"--{'adapter' if summary.result == 'adapter' else 'model'} {shlex.quote(str(result))}"
+    say("next", f"python -m minilora chat {which}")
+    say("", f'python -m minilora generate {which} "{SAMPLE_PROMPTS[0]}"')

@@ -1,0 +1,257 @@
+"""What a run will need of memory, before it starts: one optimizer step of it, run on fake tensors.
+
+The step runs with 2 and with 3 layers, for a second or less. The first layer is not like the others (nothing below it
+wants a gradient), the others are all alike, so every further one adds what the third did.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from minilora.batching import Batch, collate, micro_batches, shares_prefix
+from minilora.config import TrainConfig
+from minilora.data.dataset import Dataset
+from minilora.data.sampler import Schedule
+from minilora.decoder import head_weight, hidden_states, packed
+from minilora.errors import MiniloraError, first_line
+from minilora.loss import token_loss
+from minilora.models.load import empty_model, num_layers
+from minilora.models.trainable import make_trainable
+from minilora.optim import make_optimizer
+from minilora.training.memory_trace import Watch, as_on, to_fake
+from minilora.utils.device import gib
+
+LAYERS = (2, 3)
+STRETCHES = ("forward", "loss", "loss's backward", "backward", "first layer's backward", "update")  # each has its peak
+STEPS_LOOKED_AT = 64
+GATHERED = 3  # layers that a process holds whole: the one at work, the buffer in which it came, and the one before it
+USABLE = 0.9  # of what a device has free: allocators lose some to rounding, kernels take some for themselves
+# On a CPU the resident memory counts. Measured beside what the predicted tensors take (test_memory_estimate.py):
+CPU_FIRST_USE_BYTES = 60 * 2**20  # code and buffers of the kernels, when they are first used
+CPU_HEAP_SHARE = 0.3  # of what a micro-batch holds: holes in glibc's heap, where blocks of less than 32 MiB lie
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What memory depends on beside the micro-batch; device_type: cpu | cuda."""
+
+    config: TrainConfig
+    base_folder: Path
+    dtype: torch.dtype  # of the matrix products
+    device_type: str
+    checkpointing: bool
+    shards: int = 1  # processes that share the base out (--fsdp)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part; peaks are those of STRETCHES, beyond all that is there during the whole step."""
+
+    weights: float  # method full: the fp32 masters
+    adapter: float
+    optimizer: float  # AdamW's moments
+    gradients: float
+    saved: float  # activations kept for backward
+    peaks: tuple[float, ...]
+
+    @property
+    def beyond(self) -> float:
+        """Most that a micro-batch needs beyond what it keeps for backward: chunks of logits, what is computed on."""
+        return max(self.peaks) - self.saved
+
+    @property
+    def total(self) -> float:
+        """The peak: all that is there at once, without what the interpreter and the libraries take."""
+        return self.weights + self.adapter + self.optimizer + self.gradients + max(self.peaks)
+
+    def peak(self, device_type: str, before: float) -> float:
+        """Most that will be in use, of which `before` is already: allocated on a CUDA device, resident on a CPU."""
+        slack = CPU_FIRST_USE_BYTES + CPU_HEAP_SHARE * max(self.peaks) if device_type == "cpu" else 0
+        return before + self.total + slack
+
+
+def predict(setup: Setup, batch: Batch) -> Memory:
+    """What a step needs whose largest micro-batch is `batch`."""
+    layers = num_layers(setup.base_folder)
+    if layers <= LAYERS[1]:
+        return step_memory(setup, batch, layers)
+    return along((step_memory(setup, batch, LAYERS[0]), step_memory(setup, batch, LAYERS[1])), LAYERS, layers)
+
+
+def along(points: tuple[Memory, Memory], at: tuple[int, int], where: int) -> Memory:
+    """The line through two points, part by part and stretch by stretch."""
+    share = (where - at[0]) / (at[1] - at[0])
+    low, high = (np.array([*dataclasses.astuple(point)[:-1], *point.peaks]) for point in points)
+    weights, adapter, optimizer, gradients, saved, *peaks = (low + share * (high - low)).tolist()
+    return Memory(weights, adapter, optimizer, gradients, saved, tuple(peaks))
+
+
+def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
+    """The figures of one step of a model with so many layers: the micro-batch as `loop.gradients` runs it, AdamW.
+
+    Gradients and moments are there from the beginning, as in all micro-batches but the first of a run.
+    """
+    config, full = dataclasses.replace(setup.config, torch_compile=False), setup.config.method == "full"
+    model = empty_model(setup.base_folder, torch.float32 if full else setup.dtype, layers)
+    make_trainable(model, config, setup.checkpointing, preserve_rng_state=False)  # fakes draw no numbers
+    model.train()
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(), as_on(setup.device_type):
+        to_fake(model)
+        fakes: dict[str, Any] = {
+            name: torch.empty(value.shape, dtype=value.dtype) for name, value in tensors_of(batch).items()
+        }
+        batch = dataclasses.replace(batch, **fakes)
+        trained = [param for param in model.parameters() if param.requires_grad]
+        for param in trained:
+            param.grad = torch.empty_like(param)
+        optimizer = make_optimizer(model, config.weight_decay, config.loraplus_lr_ratio)
+        optimizer.step()
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        gradients = [param.grad for param in trained if param.grad is not None]
+        there = [*model.parameters(), *model.buffers(), *moments, *gradients, *fakes.values()]
+        with packed(model), Watch(there) as watch, marked_at_first_layer(model, watch):
+            with torch.autocast("cpu", torch.bfloat16, enabled=setup.dtype == torch.bfloat16):
+                hidden = hidden_states(model, batch, config.neftune_noise_alpha)
+                hidden.register_hook(lambda _: watch.mark())
+                watch.mark()
+                nats = token_loss(hidden, head_weight(model), batch.targets)
+            saved = watch.alive_bytes
+            watch.mark()
+            (nats / len(batch.targets)).backward()
+            watch.mark()
+            nn.utils.clip_grad_norm_(trained, config.max_grad_norm or 1.0)
+            optimizer.step()
+    if len(watch.peaks_bytes) != len(STRETCHES):
+        raise RuntimeError(f"a step of {len(watch.peaks_bytes)} stretches")
+    adapter = 0 if full else num_bytes(trained)
+    weights = num_bytes([*model.parameters(), *model.buffers()]) - adapter
+    memory = Memory(weights, adapter, num_bytes(moments), num_bytes(gradients), saved, tuple(watch.peaks_bytes))
+    return in_parts(memory, setup, model) if setup.shards > 1 else memory
+
+
+def in_parts(memory: Memory, setup: Setup, model: Any) -> Memory:
+    """The same where each of setup.shards processes has a part of every layer (see `shard`), and gathers some."""
+    full, shards = setup.config.method == "full", setup.shards
+    layer = num_bytes(p for p in model.get_decoder().layers[-1].parameters() if full or not p.requires_grad)
+    layers = layer * len(model.get_decoder().layers)
+    if not full:
+        return dataclasses.replace(memory, weights=memory.weights - layers + layers / shards + GATHERED * layer)
+    narrow = setup.dtype.itemsize / torch.float32.itemsize  # layers are gathered in the type of the matrix products
+    casts = layers * narrow if narrow < 1 else 0.0  # a whole model keeps these until the loss is there, for autocast
+    kept = 0.0 if setup.checkpointing else casts  # and until its backward pass has used them
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # gathered in fp32, each alone, even if tied
+    embedding, head = (num_bytes([end.weight]) for end in ends)
+    tied: bool = model.config.tie_word_embeddings
+    gathered = GATHERED * layer * narrow  # in the backward pass two layers, and the gradients of one
+    added_up = layer + head / shards  # in fp32: a layer's gradients on their way to the shards, a part of the head's
+    backward = gathered + added_up + embedding * (not tied)  # tied, a whole model holds the head's gradient that long
+    more = (
+        gathered + embedding - casts,
+        head - casts,
+        head / shards - kept,
+        backward - kept,
+        backward - embedding * tied,  # at its end a whole model has the sum of both gradients beside them
+        0.0,
+    )
+    return Memory(
+        memory.weights / shards,
+        memory.adapter,
+        memory.optimizer / shards,
+        (memory.gradients + embedding * tied) / shards,  # the last norm's is a view of what came with the embedding's
+        memory.saved - kept,
+        tuple(peak + own for peak, own in zip(memory.peaks, more, strict=True)),
+    )
+
+
+def tensors_of(batch: Batch) -> dict[str, Tensor]:
+    """The tensors of a batch by name."""
+    return {name: value for name, value in vars(batch).items() if isinstance(value, Tensor)}
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """What tensors take, those that share a storage once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+@contextmanager
+def marked_at_first_layer(model: Any, watch: Watch) -> Iterator[None]:
+    """Inside, backward's arrival at the first layer begins a stretch: there the peak does not grow with the layers."""
+
+    def at_output(_: Any, __: Any, output: Any) -> None:
+        hidden = output if isinstance(output, Tensor) else output[0]
+        hidden.register_hook(lambda _: watch.mark())
+
+    handle = model.get_decoder().layers[0].register_forward_hook(at_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def predict_for(setup: Setup, dataset: Dataset, schedule: Schedule, max_tokens: int) -> Memory:
+    """What a run over these rows needs, with micro-batches of up to max_tokens tokens."""
+    return predict(setup, largest_batch(setup, dataset, schedule, max_tokens))
+
+
+def largest_batch(setup: Setup, dataset: Dataset, schedule: Schedule, max_tokens: int) -> Batch:
+    """The micro-batch of most tokens: of those of the first STEPS_LOOKED_AT steps, or the longest row alone."""
+    share = shares_prefix(setup.config, setup.device_type)
+    batches = [collate([dataset[int(np.argmax(dataset.lengths))]])]
+    for step in range(min(schedule.num_steps, STEPS_LOOKED_AT)):
+        batches += micro_batches([dataset[i] for i in schedule.examples_of(step)], max_tokens, share)
+    return max(batches, key=lambda batch: batch.input_ids.numel())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the steps of a run are cut; memory: what that needs, None where it could not be predicted."""
+
+    max_tokens: int
+    checkpointing: bool
+    memory: Memory | None
+    notes: tuple[str, ...] = ()
+
+
+def choose_cut(
+    setup: Setup, dataset: Dataset, schedule: Schedule, asked: int, most: int, free: float = math.inf
+) -> Choice:
+    """The cut that was asked for, else (asked: 0) the largest up to `most` tokens predicted to fit into `free` bytes.
+
+    Activations are computed again only where that was asked for, or left open and not even one example fits without.
+    A prediction that fails is said in the notes and stops no run.
+    """
+    try:
+        return fitting_cut(setup, dataset, schedule, asked, most, free * USABLE)
+    except MiniloraError:
+        raise  # a mistake in the settings, or a signal
+    except Exception as error:
+        note = f"memory could not be predicted: {type(error).__name__}: {first_line(error)}"
+        return Choice(asked or most, setup.checkpointing, None, (note,))
+
+
+def fitting_cut(setup: Setup, dataset: Dataset, schedule: Schedule, asked: int, most: int, usable: float) -> Choice:
+    """What `choose_cut` chooses, within `usable` bytes; a prediction that fails is raised."""
+    longest = int(dataset.lengths.max()) - 1
+    left_open = setup.config.gradient_checkpointing is None
+    for checkpointing in (False, True) if left_open else (setup.checkpointing,):
+        setup, budget = dataclasses.replace(setup, checkpointing=checkpointing), asked or most
+        memory = predict_for(setup, dataset, schedule, budget)
+        while not asked and memory.total > usable and budget > longest:
+            tried, budget = budget, budget // 2
+            while budget > longest and memory.total - max(memory.peaks) * (1 - budget / tried) > usable:
+                budget //= 2  # activations grow with the tokens: no need to try this one
+            memory = predict_for(setup, dataset, schedule, budget)
+        if memory.total <= usable:
+            return Choice(budget, checkpointing, memory)
+    note = f"{gib(memory.total)} are predicted to be needed, {gib(usable)} are there: this may not fit"
+    return Choice(budget, checkpointing, memory, (note,))

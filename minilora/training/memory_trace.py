@@ -1,0 +1,173 @@
+"""Following what a step allocates and computes, operation by operation, on fake tensors.
+
+Torch's FakeTensorMode knows shapes but holds no numbers: a step of any model runs in seconds and without memory, and
+its figures are the same on every machine. What a kernel allocates for itself and gives back before it returns is not
+seen.
+"""
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minilora import attention, decoder, lora, loss
+from minilora.attention import Layout
+
+FORWARD_ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
+BACKWARD_ATTENTION = tuple(f"{name}_backward" for name in FORWARD_ATTENTION)
+VARLEN = {"_varlen_attn": 2, "_varlen_attn_backward": 5}  # and their products
+
+
+class Watch(TorchDispatchMode):
+    """Counts dispatched operations and FLOPs, and follows the storages that operations make until they are gone.
+
+    Peaks are kept for the time between two calls of `mark`; tensors that are `left_out` are not counted.
+    """
+
+    def __init__(self, left_out: list[Tensor]) -> None:
+        super().__init__()
+        self.operations = self.kernels = self.flops = self.alive_bytes = 0
+        self.peaks_bytes = [0]
+        self.names: Counter[str] = Counter()  # how often each operation was dispatched
+        self._known = {tensor.untyped_storage()._cdata for tensor in left_out}
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes alive at once since the beginning."""
+        return max(self.peaks_bytes)
+
+    def mark(self) -> None:
+        """Begin a new stretch of `peaks_bytes`."""
+        self.peaks_bytes.append(self.alive_bytes)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if not made:  # a question about device or dtype: real tensors answer it without a dispatch
+            return out
+        self.operations += 1
+        self.names[func.overloadpacket.__name__] += 1
+        self.kernels += not func.is_view
+        self.flops += flops_of(func, args)
+        for tensor in made:
+            self._follow(tensor.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.alive_bytes += size
+        self.peaks_bytes[-1] = max(self.peaks_bytes[-1], self.alive_bytes)
+        weakref.finalize(storage, self._gone, key, size).atexit = False
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive_bytes -= size
+
+
+def flops_of(func: Any, args: Any) -> int:
+    """FLOPs of one operation, 2 for a multiplication with its addition; 0 for all that are no products.
+
+    Causal attention counts as the half of the square that its kernels compute (torch's FlopCounterMode counts all of
+    it): two products forward, five backward, as the scores are computed again. Packed examples are taken to be equally
+    long, since fake tensors do not hold where each of them ends.
+    """
+    name = func.overloadpacket.__name__.removesuffix("_")
+    shapes = [arg.shape for arg in args if isinstance(arg, Tensor)]
+    causal = any(arg is True for arg in args)
+    if name in ("mm", "bmm"):
+        return 2 * shapes[0].numel() * shapes[1][-1]
+    if name in ("addmm", "baddbmm"):
+        return 2 * shapes[1].numel() * shapes[2][-1]
+    if name in FORWARD_ATTENTION:  # query, key: (batch, heads, length, head_dim)
+        return 2 * 2 * shapes[0].numel() * shapes[1][-2] // (1 + causal)
+    if name in BACKWARD_ATTENTION:  # d out, query, key
+        return 5 * 2 * shapes[1].numel() * shapes[2][-2] // (1 + causal)
+    if name in VARLEN:  # query (forward), d out (backward): (T, heads, head_dim); then max_q, max_k
+        products, longest = VARLEN[name], next(arg for arg in args if isinstance(arg, int))
+        return products * 2 * shapes[0].numel() * longest // (1 + causal)
+    return 0
+
+
+def to_fake(model: nn.Module) -> None:
+    """Exchange every parameter and buffer for a fake one on the CPU, the shared ones for a shared one."""
+    fakes: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is None:
+                    continue
+                fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                if isinstance(tensor, nn.Parameter):
+                    fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                setattr(module, name, fakes.setdefault(id(tensor), fake))
+
+
+@contextmanager
+def as_on(device_type: str) -> Iterator[None]:
+    """Inside, fake tensors on the CPU take the ways through minilora that real ones take on cpu or cuda.
+
+    CUDA tensors cannot even be faked without a CUDA build of torch, so the places that look at the device are named
+    here. On the CPU only dropout differs: how many elements it drops is drawn, here it is as many as are expected.
+    """
+    caches = {"_varlen_layout": attention._varlen_layout, "_key_order": attention._key_order}
+    own = {name: functools.lru_cache(maxsize=2)(cached.__wrapped__) for name, cached in caches.items()}
+    with ExitStack() as held:
+        held.enter_context(patched(attention, **own))  # no fakes in the real ones, and none of theirs here
+        if device_type == "cpu":
+            held.enter_context(patched(lora, draw_dropped=expected_positions))
+        else:
+            held.enter_context(patched(lora, draw_dropped=dropped_mask))
+            held.enter_context(patched(loss, WIDE_ROWS=dict.fromkeys(loss.WIDE_ROWS, loss.WIDE_ROWS["cuda"])))
+            held.enter_context(patched(decoder, packed_attention=varlen))
+        yield
+
+
+@contextmanager
+def patched(module: Any, **values: Any) -> Iterator[None]:
+    """Inside, the module's names have these values. Raises AttributeError when it has no such name."""
+    before = {name: getattr(module, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(module, name, value)
+
+
+def expected_positions(x: Tensor, dropout: float) -> Tensor:
+    """Dropout's choice as it is on the CPU, positions; as many as are expected."""
+    return torch.empty(round(x.numel() * dropout), dtype=torch.int64)
+
+
+def dropped_mask(x: Tensor, dropout: float) -> Tensor:
+    """Dropout's choice as it is on CUDA, a mask of x's shape."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)
+
+
+def varlen(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    layout: Layout | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """`attention.packed_attention` with the choice that it makes on CUDA."""
+    assert layout is not None, "packed examples carry their layout"
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.dtype in (torch.bfloat16, torch.float16):
+        return attention._varlen(query, key, value, layout, scale), None
+    return attention.plain_attention(query, key, value, layout, scale), None

@@ -1,0 +1,82 @@
+"""What a run does when numbers or memory go bad."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from minilora.errors import DivergedError, OutOfMemoryError, StoppedError
+from minilora.training import checkpoint
+from minilora.training.run import Run
+from minilora.training.saving import save_checkpoint, weights_are_finite
+from minilora.utils.device import gib, is_out_of_memory, peak_memory_bytes
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+def stopped(run: Run, error: StoppedError) -> None:
+    """Save what was done before a signal; the error then says where, and how to go on."""
+    if run.state.step:
+        saved = save_checkpoint(run)
+        error.args = (f"{error}; saved {saved}. Go on with: {run.resume_command}",)
+    else:
+        error.args = (f"{error} before the first step was done: there was nothing to save",)
+
+
+def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
+    """Leave the weights as they are; after MAX_SKIPPED_IN_A_ROW such steps, save the last good state and stop."""
+    state = run.state
+    if state.skipped_in_a_row == 0:
+        run.before_skipped = dataclasses.replace(state)
+    state.skipped_steps += 1
+    state.skipped_in_a_row += 1
+    places = run.train_set.places(indices)
+    run.log.note(f"step {state.step + 1} skipped: loss {loss}, gradient norm {grad_norm}; rows at {places}")
+    if state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
+        return
+    good = state.step + 1 - MAX_SKIPPED_IN_A_ROW
+    run.state = run.before_skipped or dataclasses.replace(state, step=good, skipped_in_a_row=0)
+    if run.saved_step > good:
+        run.world.run_on_main(
+            lambda: checkpoint.remove_after(run.folder, good)
+        )  # written among the skipped: would pass them
+    if weights_are_finite(run):
+        kept = f"The state before them is saved: {save_checkpoint(run)}."
+    else:
+        kept = "The weights themselves are not finite, and are not saved."
+    raise DivergedError(
+        f"no finite gradient in {MAX_SKIPPED_IN_A_ROW} steps in a row (steps {good + 1} to {state.step + 1}). "
+        f"{kept} Start anew with a lower --learning_rate, or look at the rows above."
+    )
+
+
+def out_of_memory(run: Run, error: BaseException) -> bool:
+    """True for an error that says that memory ran out; any other is raised again.
+
+    Among shards the others wait for this process in the middle of the step, which cannot begin again: raises
+    OutOfMemoryError.
+    """
+    if not is_out_of_memory(error):
+        raise error
+    if run.world.sharded:
+        budget = run.state.max_tokens
+        raise OutOfMemoryError(
+            f"a micro-batch of up to {budget:,} tokens does not fit: {gib(peak_memory_bytes(run.device))} were in use. "
+            f"Go on with --max_tokens_per_micro_batch {budget // 2}, or more processes."
+        ) from error
+    return True
+
+
+def shrink_budget(run: Run, lengths: Sequence[int] | np.ndarray) -> None:
+    """Halve the token budget for the rest of the run. Raises OutOfMemoryError when examples already went one by one."""
+    longest = int(max(lengths)) - 1
+    if run.state.max_tokens <= longest:
+        cheaper = [] if run.checkpointing else ["--gradient_checkpointing"]
+        cheaper += [f"--max_length {longest // 2}"]
+        cheaper += ["a smaller --lora_r" if run.config.method == "lora" else "--method lora", "a smaller --model"]
+        raise OutOfMemoryError(
+            f"one example of {longest:,} tokens does not fit: {gib(peak_memory_bytes(run.device))} were in use. "
+            f"In order of cost: {', '.join(cheaper)}."
+        )
+    run.state.max_tokens = max(longest, run.state.max_tokens // 2)
+    run.log.note(f"out of memory: beginning again with {run.state.max_tokens:,} tokens a micro-batch")

@@ -1,0 +1,101 @@
+"""`Run`: everything that one training run holds."""
+
+import gc
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.batching import Batch, collate, micro_batches, pack_examples, shares_prefix, split_across_ranks
+from minilora.config import TrainConfig
+from minilora.data.dataset import Dataset, Example
+from minilora.data.formats import Question
+from minilora.data.markup import ChatMarkup
+from minilora.data.sampler import Schedule
+from minilora.distributed.world import World
+from minilora.training.checkpoint import Identity, TrainState
+from minilora.training.log import NullLog, RunLog
+from minilora.training.signals import StopRequest
+from minilora.utils.device import trim_heap
+
+
+@dataclass
+class Run:
+    """Everything one training run holds."""
+
+    config: TrainConfig
+    folder: Path
+    base_folder: Path
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products
+    tokenizer: Any
+    markup: ChatMarkup
+    model: Any
+    optimizer: torch.optim.Optimizer
+    train_set: Dataset
+    eval_set: Dataset | None
+    questions: list[Question]  # answered at each evaluation
+    schedule: Schedule
+    state: TrainState
+    identity: Identity
+    log: RunLog | NullLog
+    stop: StopRequest
+    world: World
+    checkpointing: bool  # activations are computed again in the backward pass
+    predicted_peak_bytes: int | None = None
+    saved_step: int = -1  # of the checkpoint that this run has written last or was resumed from; -1: none
+    before_skipped: TrainState | None = None  # the state before the first of several skipped steps
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 matrix products where the run computes in bf16."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    @property
+    def share_prefix(self) -> bool:
+        """Whether a micro-batch computes what all its rows begin with only once."""
+        return shares_prefix(self.config, self.device.type)
+
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with this run, on this machine; of several, torchrun tells each its own."""
+        told, start = os.environ, ["python"]
+        started = Path(sys.argv[0])  # a clone's train.py, or the module of an installed package
+        program = [str(started.absolute())] if started.name == "train.py" else ["-m", "minilora", "train"]
+        if self.world.size > 1:
+            start = ["torchrun"]
+            if told.get("GROUP_WORLD_SIZE", "1") != "1":
+                start += ["--nnodes", told["GROUP_WORLD_SIZE"], "--node-rank", told.get("GROUP_RANK", "0")]
+                start += ["--master-addr", told["MASTER_ADDR"], "--master-port", told["MASTER_PORT"]]
+            start += ["--nproc-per-node", told.get("LOCAL_WORLD_SIZE", str(self.world.size))]
+        return shlex.join([*start, *program, "--resume", str(self.folder.absolute())])
+
+    def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
+        """The micro-batches that this process takes of the examples of a step, on its device."""
+        cut = (self.state.max_tokens, self.share_prefix)
+        lengths = [len(example.input_ids) - 1 for example in examples]
+        shares = [[examples[i] for i in part] for part in split_across_ranks(lengths, self.world.size)]
+        for batch in micro_batches(shares[self.world.rank], *cut):
+            yield batch.to(self.device)
+        if self.world.sharded:  # who has fewer micro-batches than another goes through as many
+            counts = [len(pack_examples(each, *cut)) for each in shares]
+            shortest = collate([min(examples, key=lambda example: len(example.input_ids))]).unsupervised()
+            for _ in range(counts[self.world.rank], max(counts)):
+                yield shortest.to(self.device)
+
+    def check(self) -> None:
+        """Raise StoppedError if a signal has come; among shards, if it has come to any process."""
+        if self.world.sharded:
+            self.stop.signal_number = max(self.world.exchange(self.stop.signal_number))
+        self.stop.check()
+
+    def release(self) -> None:
+        """Give the memory of model and optimizer free; the run can only be reported after that."""
+        del self.model, self.optimizer
+        gc.collect()
+        trim_heap(self.device)

@@ -1,0 +1,222 @@
+"""Saves checkpoints, adapters and models, and compares what was saved with what was trained."""
+
+import copy
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from minilora.adapters import format as adapter_format
+from minilora.adapters.format import save_folder
+from minilora.distributed.world import collect, full_tensor, local_part
+from minilora.errors import AdapterError, DivergedError
+from minilora.inference.generate import ChatModel, short_answers
+from minilora.models.fingerprint import fingerprint
+from minilora.models.load import load_model
+from minilora.models.probe import probe_logits
+from minilora.training import checkpoint
+from minilora.training.run import Run
+from minilora.utils import files
+from minilora.utils.device import free_cached, is_out_of_memory, peak_memory_bytes, trim_heap
+
+SAMPLES_AT_ONCE = 8
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+    """A Hugging Face model folder with the weights rounded once to dtype. Raises DivergedError for non-finite ones."""
+    weights = _weights(model)
+    if broken := [name for name, tensor in weights.items() if not torch.isfinite(local_part(tensor)).all()]:
+        raise DivergedError(
+            f"the model is not finite ({len(broken)} of its tensors, the first {broken[0]}): not written to {folder}"
+        )
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    with files.new_folder(folder) as aside:
+        tokenizer.save_pretrained(aside)
+        config.save_pretrained(aside)
+        model.generation_config.save_pretrained(aside)
+        specs = {name: (dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+        chunks = files.lazy_safetensors_chunks(
+            specs, lambda name: full_tensor(weights[name]).to(dtype), {"format": "pt"}
+        )
+        files.write_file(aside / "model.safetensors", chunks)
+
+
+def take_part(model: Any) -> None:
+    """What the other processes do while one writes a model: give it their shards, in the order of `save_model`."""
+    collect(_weights(model).values())
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    tied = model.config.tie_word_embeddings
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def reload(
+    base_folder: Path, result: Path, method: str, dtype: torch.dtype, device: torch.device, bits: int = 0
+) -> tuple[Any, Any]:
+    """(the base as it lies on the disk, a function that turns it into the saved result and returns that)."""
+    base = load_model(base_folder, dtype, device, bits)
+
+    def apply() -> nn.Module:
+        if method == "full":
+            return load_model(result, dtype, device)
+        adapter_format.load(base, result, fingerprint(base))
+        return base.eval()
+
+    return base, apply
+
+
+def compare(reference: torch.Tensor, reloaded: nn.Module, ids: list[int], result: Path) -> float:
+    """Largest absolute difference of logits between the live model and the reloaded one.
+
+    Raises AdapterError when they are not the same function: the file is then not what was trained; DivergedError when
+    the live model's are not finite.
+    """
+    if not torch.isfinite(reference).all():
+        raise DivergedError(
+            f"{result}: what was trained answers with numbers that are not finite. Start anew with "
+            "a lower --learning_rate or --weight_decay."
+        )
+    logits = probe_logits(reloaded, ids)
+    difference = float((logits - reference).abs().max())
+    allowed = 1e-5 if reference.dtype == torch.float32 and next(reloaded.parameters()).dtype == torch.float32 else 1e-2
+    if not difference <= allowed * max(1.0, float(reference.abs().max())):
+        raise AdapterError(
+            f"{result}: reloaded, its logits differ by {difference:.3g} from those of the trained model."
+        )
+    return difference
+
+
+def record_step(
+    run: Run, loss: float, grad_norm: float, rate: float, num_tokens: int, num_supervised: int, seconds: float
+) -> dict[str, Any]:
+    """Count a step in run.state; returns its record for metrics.jsonl."""
+    state = run.state
+    state.step += 1
+    state.tokens += num_tokens
+    state.supervised_tokens += num_supervised
+    state.seconds += seconds
+    state.last_loss = loss if math.isfinite(loss) else state.last_loss
+    state.first_loss = state.last_loss if state.first_loss is None else state.first_loss
+    return {
+        "step": state.step,
+        "epoch": state.step / run.schedule.steps_per_epoch,
+        "loss": loss if math.isfinite(loss) else None,
+        "learning_rate": rate,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "tokens": num_tokens,
+        "supervised_tokens": num_supervised,
+        "tokens_per_second": num_tokens / seconds,
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "time": time.time(),
+    }
+
+
+def record_evaluation(run: Run, loss: float) -> None:
+    """Keep an evaluation's loss and answers, and the adapter in best/ if no earlier one was better."""
+    state, best = run.state, run.state.best_eval_loss
+    answers = run.world.run_on_main(lambda: answer_questions(run))  # stopped in here, the evaluation is done again
+    run.log.evaluation({"step": state.step, "eval_loss": loss if math.isfinite(loss) else None}, best)
+    run.log.samples(state.step, zip(run.questions, answers, strict=False))
+    if math.isfinite(loss) and (best is None or loss < best):
+        state.best_eval_loss, state.evals_since_best = loss, 0
+        if state.step:
+            save_result(run, run.folder / "best")
+    else:
+        state.evals_since_best += 1
+    state.first_eval_loss = loss if state.step == 0 and math.isfinite(loss) else state.first_eval_loss
+    state.last_eval_loss = loss if math.isfinite(loss) else state.last_eval_loss
+    state.evaluated_step = state.step
+
+
+def answer_questions(run: Run) -> list[str]:
+    """How the model answers run.questions now, as far as memory lasts; draws no random number."""
+    chat_model = ChatModel(run.model.eval(), run.tokenizer, run.markup, run.config.system_prompt)
+    answers: list[str] = []
+    if run.questions:  # what training has freed makes room for what answering takes
+        trim_heap(run.device)
+    for start in range(0, len(run.questions), SAMPLES_AT_ONCE):
+        part = run.questions[start : start + SAMPLES_AT_ONCE]
+        try:
+            with run.autocast():
+                answers += short_answers(chat_model, [question.turns for question in part])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            run.log.note(f"out of memory: {len(answers)} of {len(run.questions)} samples answered")
+            break
+        run.check()
+    if len(answers) < len(run.questions):
+        free_cached(run.device)
+    return answers
+
+
+def save_checkpoint(run: Run) -> Path:
+    """The checkpoint of run.state, written now unless this run has done so. Raises DivergedError for spoilt weights."""
+    path = checkpoint.checkpoint_path(run.folder, run.state.step)
+    if run.saved_step == run.state.step and run.world.run_on_main(lambda: checkpoint.is_valid(path)):
+        return path
+    _refuse_spoilt(run)
+
+    def save() -> None:
+        with files.storage_errors(run.folder):
+            os.stat(run.folder)  # a folder that has vanished must not come back with a checkpoint and nothing else
+        checkpoint.save(run.folder, run.model, run.optimizer, run.state, run.identity, run.config.save_total_limit)
+
+    run.world.run_on_main(save, lambda: checkpoint.take_part(run.model, run.optimizer))
+    run.saved_step = run.state.step
+    return path
+
+
+def weights_are_finite(run: Run) -> bool:
+    """Whether every number that is trained is finite."""
+    params = checkpoint.trainable(run.model).values()
+    return not run.world.any(not all(bool(torch.isfinite(local_part(param)).all()) for param in params))
+
+
+def _refuse_spoilt(run: Run) -> None:
+    """Raise DivergedError for weights that are not finite: a finite gradient, too, can be stepped along too far."""
+    if weights_are_finite(run):
+        return
+    saved, _ = checkpoint.newest_valid(run.folder)
+    raise DivergedError(
+        f"the weights are not finite after step {run.state.step}, and are not saved; the newest checkpoint: {saved}. "
+        f"Start anew with a lower --learning_rate (is {run.config.learning_rate:g}) or --weight_decay (is "
+        f"{run.config.weight_decay:g})."
+    )
+
+
+def save_result(run: Run, folder: Path) -> None:
+    """What is trained, as it is now, in the form its users load: a PEFT adapter or a Hugging Face model.
+
+    Raises DivergedError for weights that are not finite.
+    """
+    _refuse_spoilt(run)
+    if run.config.method == "full":
+        run.world.run_on_main(
+            lambda: save_model(folder, run.model, run.tokenizer, run.dtype), lambda: take_part(run.model)
+        )
+    else:
+        run.world.run_on_main(lambda: _save_adapter(run, folder))
+
+
+def _save_adapter(run: Run, folder: Path) -> None:
+    config = run.config
+    settings = adapter_format.AdapterConfig(
+        base_model=str(run.base_folder.resolve()) if os.path.isdir(os.path.expanduser(config.model)) else config.model,
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        rslora=config.use_rslora,
+        dora=config.use_dora,
+    )
+    if config.init_lora_weights == "pissa":
+        settings = adapter_format.converted(settings)
+    metadata = {"base_fingerprint": run.identity.base_fingerprint, "system_prompt": config.system_prompt}
+    save_folder(folder, run.model, run.tokenizer, settings, metadata)

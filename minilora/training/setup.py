@@ -1,0 +1,309 @@
+"""Sets a run up: data, model, optimizer, checkpoint, log; prints the header."""
+
+import dataclasses
+import reprlib
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minilora.adapters import format as adapter_format
+from minilora.batching import collate, default_tokens, shares_prefix
+from minilora.config import TrainConfig
+from minilora.data.build import Sets, make_sets, read_sources
+from minilora.data.dataset import Dataset
+from minilora.data.markup import ChatMarkup
+from minilora.data.report import DataReport, data_record, describe_data
+from minilora.data.sampler import Schedule, make_schedule
+from minilora.decoder import hidden_states, packed
+from minilora.distributed.fsdp import shard
+from minilora.distributed.world import World, join
+from minilora.errors import ConfigError, first_line
+from minilora.models.fingerprint import fingerprint
+from minilora.models.load import find_model, load_model, load_tokenizer
+from minilora.models.quantize import num_elements
+from minilora.models.trainable import in_words, make_trainable
+from minilora.optim import make_optimizer
+from minilora.training import checkpoint
+from minilora.training.checkpoint import Identity, TrainState
+from minilora.training.log import NullLog, RunLog, check_board, marked_example, versions
+from minilora.training.memory_estimate import Choice, Setup, choose_cut
+from minilora.training.run import Run
+from minilora.training.rundir import CONFIG, lasting_settings, lock_run_dir, resolve_run_dir
+from minilora.training.signals import StopRequest
+from minilora.utils import files
+from minilora.utils.device import device_name, free_bytes, gib, memory_bytes, peak_memory_bytes, pick_device, pick_dtype
+from minilora.utils.terminal import say
+
+
+def prepare(config: TrainConfig, stop: StopRequest, held: ExitStack, header: bool = True) -> Run:
+    """Data, model, adapter, optimizer, and the state they were left in; says what it found, unless told not to.
+
+    Every mistake in the files is found before the model is loaded, every mistake in the settings before the first
+    step. `held` gives the folder's lock and the log free when the run is over. A signal stops it where it is.
+    """
+    with stop.interruptible():  # nothing can be lost yet
+        world = join(held)
+    with world.raise_on_all_ranks(), stop.interruptible():
+        return _prepare(config, world, stop, held, header)
+
+
+def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitStack, header: bool) -> Run:
+    if config.fsdp and world.size == 1:
+        raise ConfigError("fsdp = True shares the base out over processes: torchrun --nproc-per-node N train.py ...")
+    world.run_on_main(
+        lambda: str(resolve_run_dir(config))
+    )  # a folder that cannot be used is told before anything is read
+    if config.report_to == "tensorboard":
+        check_board()
+    sources = read_sources(config)
+    device = world.connect(pick_device(world.device_name(config.device)))
+    dtype = pick_dtype(config.dtype, device)
+    base_folder = find_model(config.model)
+    folder, resumed_from, notes = _claim(config, world, held)
+    begun = None if resumed_from else adapter_to_go_on(config)
+    tokenizer = load_tokenizer(base_folder)
+    markup = ChatMarkup(tokenizer)
+    longest = longest_allowed(config, base_folder, notes)
+    sets = make_sets(config, sources, markup, longest)
+    schedule = schedule_of(config, sets, world.size)
+    shards = world.size if config.fsdp else 1
+    setup = Setup(config, base_folder, dtype, device.type, bool(config.gradient_checkpointing), shards)
+    choice = _choose_cut(setup, sets.train, schedule, device, resumed_from, world)
+    before_loading = memory_bytes(device)
+    model, base_fingerprint = _trainable_model(config, base_folder, dtype, device, choice.checkpointing, begun, world)
+    optimizer = make_optimizer(model, config.weight_decay, config.loraplus_lr_ratio)
+    _compile_kernels(config, model, sets.train, dtype, stop, tell=header and world.main)
+    identity = Identity(lasting_settings(config), base_fingerprint, sources.sha256, versions(), world.size)
+    agree(world, identity, dtype, device)
+    state = TrainState() if resumed_from is None else checkpoint.load(resumed_from, model, optimizer, identity)
+    if state.asked_tokens != choice.max_tokens:  # changed settings go before the saved ones
+        state.asked_tokens = state.max_tokens = choice.max_tokens
+    world.broadcast_from_main([*checkpoint.trainable(model).values(), *checkpoint.starts(model).values()])
+    kept_step = state.step if resumed_from else -1
+    description = dataclasses.asdict(identity) | {"device": device_name(device), "dtype": str(dtype)}
+    description["data"] = [data_record(report) for report in sources.reports]
+    run = Run(
+        config=config,
+        folder=folder,
+        base_folder=base_folder,
+        device=device,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        markup=markup,
+        model=model,
+        optimizer=optimizer,
+        train_set=sets.train,
+        eval_set=sets.eval,
+        questions=sets.questions,
+        schedule=schedule,
+        state=state,
+        identity=identity,
+        log=_begin_log(config, world, folder, description, (state.step, kept_step, schedule.num_steps), held),
+        stop=stop,
+        world=world,
+        checkpointing=choice.checkpointing,
+        predicted_peak_bytes=_predicted_peak(choice, device, before_loading),
+        saved_step=kept_step,
+    )
+    world.advice = f" Go on with: {run.resume_command}"
+    if header and world.main:
+        _header(run, sources.reports, [*notes, *choice.notes])
+    return run
+
+
+def _begin_log(
+    config: TrainConfig,
+    world: World,
+    folder: Path,
+    description: dict[str, Any],
+    steps: tuple[int, int, int],
+    held: ExitStack,
+) -> RunLog | NullLog:
+    """config.json and the log of the process that writes; steps: the first one, the kept one, their number."""
+    if not world.main:
+        return NullLog()
+    files.replace_file(folder / CONFIG, files.json_chunks(description))
+    log = RunLog(folder, *steps, config.logging_steps, config.report_to == "tensorboard")
+    held.callback(log.close)
+    return log
+
+
+def schedule_of(config: TrainConfig, sets: Sets, processes: int = 1) -> Schedule:
+    """Which examples of the training set each step of a run takes."""
+    length = (config.num_train_epochs, config.max_steps)
+    per_step = config.examples_per_step * processes
+    return make_schedule(len(sets.train), per_step, *length, config.seed, sets.parts)
+
+
+def _claim(config: TrainConfig, world: World, held: ExitStack) -> tuple[Path, Path | None, list[str]]:
+    """`lock_run_dir` by the process that writes."""
+
+    def claimed() -> tuple[str, str | None, list[str]]:
+        folder, found, notes = lock_run_dir(config, held)
+        return str(folder), str(found) if found else None, notes
+
+    folder, found, notes = world.run_on_main(claimed)
+    return Path(folder), Path(found) if found else None, notes
+
+
+def agree(world: World, identity: Identity, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ConfigError when the processes of a run were not started alike, or do not read the same files."""
+    places = ("model", "train_file", "eval_file", "adapter", "output_dir", "resume")  # may differ between machines
+    own = {key: value for key, value in identity.config.items() if key not in places}
+    own |= {"the base model": identity.base_fingerprint, "the rows": identity.dataset_sha256}
+    own |= {"the type of the matrix products": str(dtype), "the kind of device": device.type}
+    said = world.exchange(own)
+    for rank, theirs in enumerate(said):
+        if odd := [key for key in own if theirs.get(key) != said[0].get(key)]:
+            here, there = (reprlib.repr(each.get(odd[0])) for each in (said[0], theirs))
+            raise ConfigError(f"process {rank} differs from process 0: {odd[0]} is {there} there and {here} here.")
+
+
+def longest_allowed(config: TrainConfig, base_folder: Path, notes: list[str]) -> int:
+    """max_length, or the positions that the base was made for where they are fewer, which `notes` then tells."""
+    try:
+        positions = files.read_json(base_folder / "config.json").get("max_position_embeddings")
+    except ValueError:
+        positions = None  # loading the model says what is wrong with it
+    if not isinstance(positions, int) or not 2 <= positions < config.max_length:
+        return config.max_length
+    notes.append(f"max_length {config.max_length:,}: this model has {positions:,} positions, so {positions:,} holds")
+    return positions
+
+
+def _trainable_model(
+    config: TrainConfig,
+    base_folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    checkpointing: bool,
+    begun: Path | None,
+    world: World,
+) -> tuple[Any, str]:
+    """(the base with what is trained in it, the base's fingerprint); method full trains fp32 masters.
+
+    begun: the adapter whose values the run begins with
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True  # fp32 products may use tensor cores
+    place = torch.device("cpu") if config.fsdp else device  # it may be larger than one device
+    model: Any = load_model(base_folder, torch.float32 if config.method == "full" else dtype, place, config.base_bits)
+    base_fingerprint = fingerprint(model)
+    updates = adapter_format.read(model, begun, base_fingerprint, allow_other_base=None)[1] if begun else None
+    make_trainable(model, config, checkpointing)
+    if updates:
+        adapter_format.fill(model, updates)
+    if config.fsdp:
+        shard(model, world, device, dtype)
+    return model, base_fingerprint
+
+
+def _compile_kernels(
+    config: TrainConfig, model: Any, train_set: Dataset, dtype: torch.dtype, stop: StopRequest, tell: bool
+) -> None:
+    """Have torch.compile make its kernels before the first step, where it is to. Raises ConfigError where it cannot."""
+    if not config.torch_compile:
+        return
+    if tell:
+        say("compiling", "norms, SwiGLU and rotary embedding; later runs find them ready")
+    batch = collate([train_set[int(train_set.lengths.argmin())]]).to(next(model.parameters()).device)
+    bf16 = dtype == torch.bfloat16
+    try:
+        with packed(model.train()), torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16):
+            hidden_states(model, batch).sum().backward()
+    except Exception as error:  # no compiler, a broken one, a cache that cannot be written: each its own class
+        stop.check()  # a signal meets the compiler, too
+        raise ConfigError(f"torch_compile: torch cannot compile here ({first_line(error)}). Leave it out.") from error
+    model.zero_grad(set_to_none=True)
+
+
+def _choose_cut(
+    setup: Setup, train_set: Dataset, schedule: Schedule, device: torch.device, resumed_from: Path | None, world: World
+) -> Choice:
+    """The cut that the settings ask for, or one that fits the card.
+
+    A resumed run keeps what was chosen when it began: another cut would draw other dropout.
+    """
+    config = setup.config
+    asked = config.max_tokens_per_micro_batch if config.packing else 1  # smaller than any example: each goes alone
+    if not asked and resumed_from is not None and (before := checkpoint.asked_tokens(resumed_from)) > 1:
+        asked = before if device.type == "cuda" else 0
+    first_step = [train_set[i] for i in schedule.examples_of(0)]
+    most = default_tokens(device.type, first_step, shares_prefix(config, device.type))
+    if config.base_bits:
+        note = f"what a base in {config.base_bits} bits takes is not predicted: a step that does not fit is cut smaller"
+        return Choice(asked or most, bool(config.gradient_checkpointing), None, (note,))
+    if device.type == "cuda":
+        free = min(world.exchange(free_bytes(device)))  # what all of them choose must be the same
+        return choose_cut(setup, train_set, schedule, asked, most, free)
+    return choose_cut(setup, train_set, schedule, asked or most, most)
+
+
+def _predicted_peak(choice: Choice, device: torch.device, before_loading: int) -> int | None:
+    """Most that will be in use at once; loading the base may have taken more than its training will.
+
+    On a CPU, weights read from a file in their own dtype are in memory only once they are used.
+    """
+    if choice.memory is None:
+        return None
+    return max(peak_memory_bytes(device), round(choice.memory.peak(device.type, before_loading)))
+
+
+def _header(run: Run, reports: list[DataReport], notes: list[str]) -> None:
+    config, schedule = run.config, run.schedule
+    trained, total = parameter_counts(run.model)
+    say("run", str(run.folder))
+    for note in notes:
+        say("", note)
+    say("model", f"{config.model} ({run.model.config.model_type}, {total:,} parameters)")
+    say("method", f"{config.method}: {in_words(config)}")
+    if config.adapter:
+        say("", f"going on from {config.adapter}")
+    say("trainable", f"params: {trained} || all params: {total} || trainable%: {100 * trained / total:.2f}")
+    for report in reports:
+        for line in describe_data(report):
+            say("data", line)
+    cut = (
+        f"in micro-batches of up to {run.state.max_tokens:,} tokens" if config.packing else "one example a micro-batch"
+    )
+    product, _ = checkpoint.per_step(dataclasses.asdict(config), run.world.size)
+    again = ", activations computed again in the backward pass" * run.checkpointing
+    say("batch", f"{product} examples a step, {cut}{again}")
+    if run.world.size > 1:
+        base = " and a part of every layer of the base" * run.world.sharded
+        say("processes", f"{run.world.size}, each takes its share of a step's tokens{base}")
+    say("steps", f"{schedule.num_steps:,} ({schedule.steps_per_epoch:,} an epoch), from step {run.state.step:,}")
+    say("device", f"{device_name(run.device)}, matrix products in {str(run.dtype).removeprefix('torch.')}")
+    peak = f", {gib(run.predicted_peak_bytes)} predicted at the peak" if run.predicted_peak_bytes else ""
+    say("memory", f"{gib(memory_bytes(run.device))} in use before training{peak}")
+    say("example", marked_example(run.train_set[0], run.tokenizer))
+
+
+def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    params = list(model.parameters())
+    return sum(p.numel() for p in params if p.requires_grad), sum(num_elements(p) for p in params)
+
+
+def adapter_to_go_on(config: TrainConfig) -> Path | None:
+    """The folder of the adapter that a run begins with, if it does.
+
+    Raises ConfigError when that is not of the shape and flavour that the settings say, AdapterError when it is none.
+    """
+    if config.adapter is None:
+        return None
+    wrong, folder = [], Path(config.adapter)
+    for key, theirs in adapter_format.shape_keys(adapter_format.read_config(folder)).items():
+        ours = getattr(config, key)
+        if ours != theirs and not (key == "target_modules" and set(ours) == set(theirs)):
+            wrong.append(f"{key} is {_plain(theirs)} there and {_plain(ours)} here")
+    if wrong:
+        raise ConfigError(
+            f"adapter {folder}: {'; '.join(wrong)}. An adapter keeps its shape: leave out what it decides."
+        )
+    return folder
+
+
+def _plain(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,1 @@
+"""Helpers without knowledge of training: files, the device, the terminal, HTML pages."""

@@ -1,0 +1,131 @@
+"""The device of a run: which one, which dtype, and how much of its memory is in use."""
+
+import ctypes
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from minilora.config import DEVICE
+from minilora.errors import ConfigError
+
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+_malloc_trim, _mallopt = getattr(_libc, "malloc_trim", None), getattr(_libc, "mallopt", None)  # glibc only
+M_MMAP_THRESHOLD, MAPPED_FROM_BYTES = -3, 2**20
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # beside the class
+# Of each shape of matrix product that it meets oneDNN keeps 0.6 MiB; a micro-batch has 20 to 40 shapes. It and torch in
+# front of it keep 1,024 of them, by which a run grew step by step (as in github.com/pytorch/pytorch/issues/27971).
+PRODUCTS_KEPT = 48
+PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Bytes in use now: allocated on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return peak_memory_bytes(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on a CUDA device, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes this process can still get: free on a CUDA device, available on the machine."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def free_cached(device: torch.device) -> None:
+    """Give cached blocks back after an out-of-memory error."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def trim_heap(device: torch.device) -> None:
+    """Give a CPU's freed blocks back to the system: glibc keeps what lies between live ones."""
+    if device.type == "cpu" and _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+def keep_few_products() -> None:
+    """Bound what is kept of a CPU's matrix products, one for each shape; heard before the first product only."""
+    for name in PRODUCT_CACHES:
+        os.environ.setdefault(name, str(PRODUCTS_KEPT))
+
+
+def map_large_blocks(device: torch.device) -> None:
+    """Let a CPU's large blocks go back to the system when they are freed; in glibc's heap they would leave holes."""
+    if device.type == "cpu" and _mallopt is not None:
+        _mallopt(M_MMAP_THRESHOLD, MAPPED_FROM_BYTES)
+
+
+def gib(num_bytes: float) -> str:
+    """A number of bytes for people."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def pick_device(name: str) -> torch.device:
+    """auto | cpu | cuda | cuda:N as a device that is there. Raises ConfigError when it is not."""
+    if not re.fullmatch(DEVICE, name):
+        raise ConfigError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N.")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ConfigError(f"device {name}: this machine shows {found} CUDA device(s). Use --device auto or cpu.")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The base's dtype; auto is bfloat16 where the hardware multiplies in it, else float32, never float16."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return torch.bfloat16 if _cpu_multiplies_bf16() else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16 "))
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    count = torch.get_num_threads()
+    return f"{device} ({count} thread{'s' * (count != 1)})"

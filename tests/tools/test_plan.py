@@ -1,0 +1,181 @@
+"""`minilora plan`: by part, by setting, by card; what cannot be read is one line."""
+
+import re
+from contextlib import ExitStack
+
+import pytest
+from conftest import write_jsonl
+
+from minilora import cli, demo
+from minilora.config import TrainConfig
+from minilora.errors import ConfigError
+from minilora.tools import plan
+from minilora.tools.plan import BUDGETS, CARDS_GIB, VARIANTS, Grid, Place, markdown, on_card, verdict
+from minilora.training.memory_estimate import Memory
+from minilora.training.setup import prepare
+from minilora.training.signals import StopRequest
+
+GIB = 2**30
+DEMO = str(demo.DEMO_DIR)
+
+
+@pytest.fixture
+def said(tmp_path, monkeypatch, capsys):
+    """A function: what `minilora plan` prints for these arguments, in a folder with 40 rows."""
+    write_jsonl(tmp_path / "rows.jsonl", 40)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plan, "COUNTED_TOKENS", {"cpu": (256, 512), "cuda": (256, 512)})  # quicker
+
+    def run(*argv: str) -> str:
+        assert cli.main(["plan", "--model", DEMO, "--train_file", "rows.jsonl", *argv]) == 0
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"], "a plan leaves nothing behind"
+        return capsys.readouterr().out
+
+    return run
+
+
+def mib(cell: str) -> float:
+    number, unit = re.fullmatch(r"\(?\**([\d.]+) (MiB|GiB)\**\)?", cell.strip()).groups()
+    return float(number) * {"MiB": 1, "GiB": 1024}[unit]
+
+
+def rows_below(text: str, head: str) -> list[list[str]]:
+    """The cells of the Markdown table whose head begins so."""
+    table = text[text.index(head) :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in table]
+
+
+def test_parts_add_up_and_settings_are_in_order(said, monkeypatch):
+    monkeypatch.setattr(plan, "BUDGETS", (512, 1024))
+    text = said("--card", "RTX 4080", "--dtype", "float32")
+    parts = dict(rows_below(text, "| part"))
+    total = mib(parts.pop("**peak**"))
+    assert sum(mib(size) for size in parts.values()) == pytest.approx(total, abs=0.1 * len(parts))
+    assert mib(parts["base weights"]) == pytest.approx((1_075_200 - 28_672) * 4 / 2**20, abs=0.06)
+    for budget, *cells in rows_below(text, "| micro-batch"):
+        assert budget.startswith(("512 tokens", "1,024 tokens"))
+        lora, lora_again, full, full_again = map(mib, cells)
+        assert lora_again < lora < full
+        assert full_again < full
+    assert "it fits" in text
+    assert "not measured" in text
+
+
+@pytest.fixture
+def no_table(monkeypatch):
+    """A plan without the table of other settings, which takes most of its time."""
+    monkeypatch.setattr(plan, "grid", lambda *_: Grid((), {}))
+    monkeypatch.setattr(plan, "settings_table", lambda *_: "")
+
+
+@pytest.mark.usefixtures("no_table")
+def test_the_interpreter_counts_on_a_cpu(said):
+    parts = dict(rows_below(said("--device", "cpu"), "| part"))
+    assert mib(parts["interpreter, libraries, rows (in use now)"]) > 200
+
+
+@pytest.mark.usefixtures("no_table")
+def test_without_rows_all_are_as_long_as_allowed(said):
+    text = said(
+        "--train_file", "none.jsonl", "--max_length", "300", "--card", "24", "--max_tokens_per_micro_batch", "900"
+    )
+    assert "there is no none.jsonl: all are taken to have 300 tokens" in text
+    assert "the largest has 897 tokens of 3 examples" in text
+    assert "a card of 24 GiB: not measured" in text
+
+
+@pytest.mark.usefixtures("no_table")
+def test_figures_in_words(said, capsys):
+    """The middle of an even number of lengths is the one that training and preview name."""
+    text = said("--max_tokens_per_micro_batch", "30")
+    assert "the largest has 66 tokens of 1 example\n" in text
+    assert cli.main(["preview", "rows.jsonl", "--model", DEMO, "--rows", "0"]) == 0
+    median = re.search(r"p95 / max: \d+ / (\d+) / ", capsys.readouterr().out)[1]
+    assert f"rows.jsonl: 40, of {median} tokens in the middle" in text
+
+
+@pytest.mark.usefixtures("no_table")
+def test_the_setting_is_the_one_that_a_run_would_have(said, tmp_path_factory):
+    """Its room for a shared prefix comes to the budget; one example a micro-batch has none."""
+    keys = {"system_prompt": "水" * 220, "device": "cpu", "dtype": "float32"}
+    files = {"model": DEMO, "train_file": "rows.jsonl", "output_dir": str(tmp_path_factory.mktemp("runs") / "run")}
+    with StopRequest() as stop, ExitStack() as held:
+        most = prepare(cli.config_of("lora", keys | files), stop, held).state.max_tokens
+    assert most > 960 + 3 * 192
+    flags = [word for key, value in keys.items() for word in (f"--{key}", value)]
+    assert f"method lora, micro-batches of up to {most:,} tokens\n" in said(*flags)
+    assert "method lora, one example a micro-batch\n" in said(*flags, "--packing", "false")
+
+
+def test_the_columns_of_a_table_stand_below_each_other():
+    table = markdown([("part", "memory"), ("a", "1.0 MiB"), ("b and c", "22.0 MiB")])
+    assert table.splitlines() == [
+        "| part    |   memory |",
+        "| :------ | -------: |",
+        "| a       |  1.0 MiB |",
+        "| b and c | 22.0 MiB |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--card", "RTX 4o80"], "none of RTX 3060, .* Did you mean RTX 4080?"),
+        (["--card", "0"], "no number of GiB"),
+        (["--fsdp"], "plan predicts one device"),
+        (["--card", "-3"], "no number of GiB|expected one argument"),
+        (["--lora_q", "3"], "--lora_r"),
+        (["--device", "cuda:9"], "this machine shows"),
+        (["--model", "./nowhere"], "no such folder"),
+        (["--target_modules", "qproj"], "match nothing"),
+        (["lorra"], "Did you mean lora?"),
+    ],
+)
+def test_mistakes_are_one_line(said, capsys, argv, message):
+    assert cli.main(["plan", "--model", DEMO, "--train_file", "rows.jsonl", *argv]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+
+
+def test_bad_rows_are_told_as_training_tells_them(said, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    assert cli.main(["plan", "--model", DEMO, "--train_file", "rows.jsonl"]) == 2
+    assert "rows.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CARDS_GIB)
+def test_cards_by_name_in_any_case(name):
+    assert on_card(TrainConfig(), name.lower()).usable == CARDS_GIB[name] * GIB * 0.9
+
+
+def test_a_card_without_size_is_refused():
+    with pytest.raises(ConfigError, match="no number of GiB"):
+        on_card(TrainConfig(), "99999")
+
+
+def memory(total: float) -> Memory:
+    return Memory(total, 0.0, 0.0, 0.0, 0.0, (0.0,) * 5)
+
+
+@pytest.mark.parametrize(
+    ("usable", "variant", "budget", "expected"),
+    [
+        (40, ("lora", False), 2048, "it fits"),
+        (39, ("lora", False), 2048, "that does: --max_tokens_per_micro_batch 1024$"),
+        (9, ("lora", False), 2048, "--max_tokens_per_micro_batch 2048 --gradient_checkpointing$"),
+        (9, ("lora", True), 4096, "--max_tokens_per_micro_batch 2048$"),
+        (79, ("full", True), 2048, "--max_tokens_per_micro_batch 1024$"),
+        (50, ("full", True), 512, "--max_tokens_per_micro_batch 2048 --method lora$"),
+        (1, ("lora", False), 512, "Nothing in the table does"),
+    ],
+)
+def test_the_cheapest_change_that_fits(usable, variant, budget, expected):
+    """Bytes for 512, 1,024 and 2,048 tokens."""
+    sizes = {("lora", False): (10, 20, 40), ("lora", True): (2, 4, 8)}
+    sizes |= {("full", False): (100, 200, 400), ("full", True): (60, 70, 80)}
+    assert tuple(sizes) == VARIANTS
+    memories = {way: tuple(memory(size) for size in of) for way, of in sizes.items()}
+    own = memory(sizes[variant][BUDGETS.index(budget)] if budget < 4096 else 16)
+    place = Place("somewhere", "cuda", None, 0.0, usable)
+    assert re.search(expected, verdict(own, variant, budget, Grid(BUDGETS[:3], memories), place))
