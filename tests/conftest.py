@@ -15,7 +15,7 @@ from pathlib import Path
 FOREIGN = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_", "LC_", "TORCHINDUCTOR_", "TORCHELASTIC_", "OMP_", "MKL_")
 FOREIGN_NAMES = {
     *("LANG", "LANGUAGE", "TZ", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TOKENIZERS_PARALLELISM"),
-    *("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "CUDA_VISIBLE_DEVICES", "RANK", "WORLD_SIZE"),
+    *("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "RANK", "WORLD_SIZE"),
 }
 for _name in [name for name in os.environ if name.startswith(FOREIGN) or name in FOREIGN_NAMES]:
     del os.environ[_name]  # before torch and transformers read them: the tests do not depend on who runs them
