@@ -271,7 +271,7 @@ def resolve(
     for where, layer in layers:
         for name, given in layer.items():
             if name not in FIELDS:
-                found.append(f"{where}: there is no key {SHORT.repr(name)}.{nearest(name[:99], FIELDS)}")
+                found.append(f"{where}: there is no key {SHORT.repr(name)}{_instead(name, given)}")
                 continue
             try:
                 values[name] = coerce(name, given)
@@ -281,6 +281,17 @@ def resolve(
         good = {name: value for name, value in values.items() if name in FIELDS}
         raise ConfigError("\n".join(found + _limits_of(good)))
     return TrainConfig(**values)
+
+
+def _instead(name: str, given: Any) -> str:
+    """What to do about a key that does not exist, behind its name."""
+    if name not in ("preset", "presets"):
+        return f".{nearest(name[:99], FIELDS)}"
+    file = presets().get(given, PRESET_DIR) if isinstance(given, str) else PRESET_DIR
+    return (
+        f": a file does not take over a preset. Copy the keys that you want from {file}, "
+        "or name the preset on the command line in place of the file."
+    )
 
 
 def _limits_of(values: dict[str, Any]) -> list[str]:

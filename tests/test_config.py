@@ -179,6 +179,50 @@ def test_booleans_take_nothing_or_true_or_false(name, called_with, tmp_path):
         resolve(None, {name: 1})
 
 
+@pytest.mark.parametrize("name", [name for name, hint in TYPES.items() if hint in (bool, bool | None)])
+def test_a_boolean_key_takes_no_preset_for_its_value(name, called_with):
+    flag = f"--{name}"
+    config = called_with(flag, "quick")
+    assert (config, config.num_train_epochs, getattr(config, name)) == (called_with("quick", flag), 2, True)
+    config = called_with(flag, "false", "quick")
+    assert (config.num_train_epochs, getattr(config, name)) == (2, False)
+    for word in ("yes", "0", "None"):
+        with pytest.raises(ConfigError, match=f"{name} = '{word}' is not true or false"):
+            called_with("quick", flag, word)
+    with pytest.raises(ConfigError, match=r"'quik' is no preset .* Did you mean quick"):
+        called_with(flag, "quik")
+
+
+def test_target_modules_take_no_preset_for_a_name(called_with, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("lora_r = 3")
+    config = called_with("--target_modules", "q_proj", "v_proj", "quick")
+    assert (config.target_modules, config.num_train_epochs) == (("q_proj", "v_proj"), 2)
+    config = called_with("--target-modules", "mlp", path, "--seed", 1)
+    assert (config.target_modules, config.lora_r, config.seed) == (MLP, 3, 1)
+    config = called_with("--torch_compile", "--target_modules", "q_proj,k_proj", "--use_rslora", "quick")
+    assert (config.target_modules, config.num_train_epochs) == (("q_proj", "k_proj"), 2)
+    assert called_with("--target_modules=quick").target_modules == ("quick",)
+    with pytest.raises(ConfigError, match="--target_modules: expected at least one argument"):
+        called_with("--target_modules", "quick")
+
+
+@pytest.mark.parametrize("key", ["preset", "presets"])
+def test_a_preset_named_where_it_cannot_be(key, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(f'{key} = "demo"')
+    (line,) = refused(str(path), {})
+    assert line == (
+        f"{path}: there is no key {key!r}: a file does not take over a preset. Copy the keys that you want from "
+        f"{PACKAGE / 'presets' / 'demo.toml'}, or name the preset on the command line in place of the file."
+    )
+    with pytest.raises(ConfigError) as caught:
+        cli.train_parser().parse([f"--{key}", "demo"])
+    assert str(caught.value).startswith(
+        f"unknown argument '--{key}'. A preset is named without a flag: minilora train demo."
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
