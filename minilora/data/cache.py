@@ -19,8 +19,16 @@ from typing import Any, BinaryIO
 import tokenizers
 from tqdm import tqdm
 
-from minilora.data import dataset, rows
-from minilora.data.dataset import DTYPES, Columns, Dataset, FileColumn, describe, of_file, tokenized
+from minilora.data.dataset import (
+    DTYPES,
+    RENDER_VERSION,
+    Columns,
+    Dataset,
+    FileColumn,
+    describe,
+    of_file,
+    tokenized,
+)
 from minilora.data.markup import ChatMarkup
 from minilora.data.report import DataReport
 from minilora.data.rows import stream_rows
@@ -54,8 +62,8 @@ def cached(report: DataReport, markup: ChatMarkup, on_bad_rows: str, how: Mappin
     `report` gets what happened to its lines. Raises DataError, as reading and tokenising do, and StorageError where
     the cache cannot be written.
     """
-    made_of = {"code": _code(), "file": report.sha256, "tokenizer": markup.sha256, "on_bad_rows": on_bad_rows, **how}
-    made_of["packed"] = report.file.endswith(".gz")
+    made_of = {"render_version": RENDER_VERSION, "tokenizers": tokenizers.__version__, "tokenizer": markup.sha256}
+    made_of |= {"file": report.sha256, "packed": report.file.endswith(".gz"), "on_bad_rows": on_bad_rows, **how}
     place = cache_folder() / hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file has six columns, and there may be many files
@@ -67,12 +75,6 @@ def cached(report: DataReport, markup: ChatMarkup, on_bad_rows: str, how: Mappin
     if found is None:
         raise StorageError(f"{place} cannot be read back: the disk may be damaged")
     return found
-
-
-def _code() -> str:
-    """What turns a file into examples, as it is now: after a change of it old caches are not taken."""
-    sources = [Path(module.__file__ or "").read_bytes() for module in (rows, dataset)]
-    return hashlib.sha256(b"".join([tokenizers.__version__.encode(), *sources])).hexdigest()
 
 
 def _open(place: Path, report: DataReport) -> Dataset | None:

@@ -3,12 +3,13 @@
 import dataclasses
 import hashlib
 import itertools
+import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, SupportsIndex, cast, overload
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from minilora.data.markup import ChatMarkup
 from minilora.data.report import MAX_PROBLEMS_SHOWN, DataReport
 from minilora.errors import DataError
 
+# Part of the key of a cache. Raise it with every change after which the same file, tokenizer and settings give other
+# tokens, masks, columns, refused rows or figures in the report: in this module, formats, jsonl, rows, markup or report.
+RENDER_VERSION = 1
 IGNORE = -100  # PyTorch's ignore_index: positions with this label have no loss
 
 
@@ -99,8 +103,16 @@ class Dataset(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, index: Any) -> Any:
-        number = int(self.chosen[index])
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Dataset": ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> "Example | Dataset":
+        if isinstance(index, slice):
+            return dataclasses.replace(self, chosen=self.chosen[index])
+        number = int(self.chosen[operator.index(index)])
         file = int(np.searchsorted(self._firsts, number, side="right")) - 1
         columns, place = self.columns[file], number - int(self._firsts[file])
         *start, end = columns.ends[max(0, place - 1) : place + 1].tolist()

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -179,11 +180,35 @@ def test_a_figure_that_was_changed_in_a_cache_is_seen(rows, markup, place):
     assert_same(open_cache(rows, markup), expected)
 
 
-def test_another_code_makes_another_cache(rows, markup, place, monkeypatch):
+@pytest.mark.parametrize("name", ["RENDER_VERSION", "tokenizers.__version__"])
+def test_a_cache_of_another_version_is_not_taken(name, rows, markup, place, monkeypatch):
     open_cache(rows, markup)
-    monkeypatch.setattr(cache, "_code", lambda: "of tomorrow")
+    monkeypatch.setattr(f"minilora.data.cache.{name}", 0)
     open_cache(rows, markup)
     assert len(folders(place)) == 2
+
+
+def test_a_cache_does_not_depend_on_the_text_of_the_code(rows, markup, place, monkeypatch, tmp_path):
+    """A changed comment once made every cache useless; only RENDER_VERSION decides."""
+    open_cache(rows, markup)
+    (tmp_path / "other.py").write_text("# another comment")
+    for name in ("rows", "dataset", "markup", "formats"):
+        monkeypatch.setattr(f"minilora.data.{name}.__file__", str(tmp_path / "other.py"))
+    monkeypatch.setattr(cache, "tokenized", no_tokenising)
+    open_cache(rows, markup)
+
+
+# The digest of what this version makes of the demo's rows.
+RENDERED = {1: "051124e79cb1c8e3"}
+
+
+def test_another_rendering_has_another_version(markup):
+    """After a change on purpose: raise RENDER_VERSION, put the new digest here."""
+    found = hashlib.sha256()
+    for path in (demo.TRAIN_FILE, demo.EVAL_FILE):
+        for column in in_memory(path, markup)[0].columns[0]:
+            found.update(column.tobytes())
+    assert {dataset.RENDER_VERSION: found.hexdigest()[:16]} == RENDERED
 
 
 def test_a_cache_is_its_owners(rows, markup, place):

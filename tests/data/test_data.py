@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 
 from minilora import demo
 from minilora.data import report as data_report
-from minilora.data.dataset import IGNORE, split, tokenize
+from minilora.data.dataset import IGNORE, Dataset, split, tokenize
 from minilora.data.formats import Row, Turn, detect_format, to_turns
 from minilora.data.jsonl import MAX_LINE_BYTES, read_lines
 from minilora.data.markup import ChatMarkup
@@ -499,6 +499,22 @@ def test_a_data_set_is_a_sequence(markup):
     assert picked.lines.tolist() == [6, 1, 6]
     assert (picked[1].input_ids == one_by_one[0].input_ids).all()
     assert dataset[0].input_ids.dtype == dataset[0].labels.dtype == np.int32
+
+
+def test_a_slice_of_a_data_set_is_a_data_set(markup):
+    """`dataset[0:2]` once was a TypeError of numpy's."""
+    dataset = examples_of(numbered(7), markup)
+    for part in (slice(0, 2), slice(3, 4), slice(None, None, -2), slice(9, 12)):
+        found = dataset[part]
+        assert isinstance(found, Dataset)
+        assert found.lines.tolist() == list(range(1, 8))[part]
+        assert [each.input_ids.tolist() for each in found] == [dataset[i].input_ids.tolist() for i in range(7)[part]]
+    assert (dataset[-1].input_ids == dataset[6].input_ids).all()
+    for index in (1.0, [0], np.array([0]), "0", None):
+        with pytest.raises(TypeError):
+            dataset[index]
+    with pytest.raises(IndexError):
+        dataset[7]
 
 
 @pytest.mark.parametrize(("val_size", "expected"), [(0.25, 10), (0.1, 4), (0.001, 1), (0.98, 39), (0.5, 20)])
