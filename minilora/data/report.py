@@ -51,11 +51,12 @@ def describe_data(report: DataReport) -> Iterable[str]:
         f"; {report.truncated:,} rows truncated" if report.truncated else ""
     )
     if report.unread:
-        yield f"fields not read: {_rows_by_name(report.unread)}"
+        yield f"fields not read: {rows_by_name(report.unread)}"
     yield from report.notes
 
 
-def _rows_by_name(counts: Counter[str], most: int = 8) -> str:
+def rows_by_name(counts: Counter[str], most: int = 8) -> str:
+    """Fields and the number of rows that have them, the most frequent first."""
     names = sorted(counts, key=lambda name: (-counts[name], name))
     shown = [
         f"{name[:40] if name.isprintable() else repr(name[:40])} ({counts[name]:,} row{'s' * (counts[name] > 1)})"

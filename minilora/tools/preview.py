@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +16,7 @@ from minilora.data.dataset import IGNORE, Dataset, tokenize
 from minilora.data.formats import Row
 from minilora.data.jsonl import MAX_LINE_BYTES
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import DataReport
+from minilora.data.report import DataReport, rows_by_name
 from minilora.data.rows import read_rows
 from minilora.models.load import find_model, load_tokenizer
 from minilora.tools.inspect import token_text, visible
@@ -53,6 +54,7 @@ class Statistics:
     format: str
     rows: int
     bad: list[str]  # "file:line: reason"
+    unread: Counter[str]  # rows that have a field which no format reads
     dropped: dict[str, list[int]]  # by reason
     kept: int
     truncated: list[int]
@@ -172,6 +174,7 @@ def statistics(material: Material) -> Statistics:
         format=material.report.format,
         rows=material.report.rows,
         bad=material.report.bad,
+        unread=material.report.unread,
         dropped=dropped,
         kept=len(dataset),
         truncated=dataset.lines[dataset.lengths < lengths[kept]].tolist(),
@@ -276,6 +279,8 @@ def facts(found: Statistics) -> Iterator[tuple[str, str]]:
         yield "  bad", line
     if found.bad:
         yield "  bad", f"{len(found.bad):,} in all: without --on_bad_rows skip training refuses the file"
+    if found.unread:
+        yield "  unread", f"fields not read: {rows_by_name(found.unread)}"
     for why, lines in found.dropped.items():
         yield "  dropped", f"{_rows(lines)}: {why}"
     lengths = " / ".join(f"{found.lengths[key]:,}" for key in ("min", "median", "mean", "p95", "max"))

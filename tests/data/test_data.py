@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from minilora import demo
+from minilora import cli, demo
 from minilora.data import report as data_report
 from minilora.data.dataset import IGNORE, Dataset, split, tokenize
 from minilora.data.formats import Row, Turn, detect_format, to_turns
@@ -691,6 +691,71 @@ def test_every_bad_conversation_is_reported(tmp_path):
     for reason, text in zip(reasons, found.values(), strict=True):
         assert reason in text
     assert [row.line for row in read_rows(file, "skip")[0]] == [1]
+
+
+ANSWERED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+CALLS = [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]
+MEANING = {  # fields that once were dropped, and training went on
+    "history": [["a", "b"]],
+    "reasoning_content": "1 + 1 is 2.",
+    "reasoning": "1 + 1 is 2.",
+    "thinking": "1 + 1 is 2.",
+    "tools": [{"type": "function"}],
+    "tool_calls": CALLS,
+    "function_call": {"name": "f"},
+    "images": ["a.png"],
+}
+EMPTY = (None, "", " ", "[]", [], {}, False)
+
+
+@pytest.mark.parametrize("name", MEANING)
+def test_a_field_that_changes_what_a_row_means_is_refused_by_its_name(name, tmp_path):
+    """In a row of each format and in a message; an empty one is harmless."""
+    asked, answer = ANSWERED
+    rows = [{"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}, {"messages": ANSWERED}]
+    for row in rows:
+        file = write(tmp_path / "rows.jsonl", [line(**row), line(**row, **{name: MEANING[name]})])
+        with pytest.raises(DataError) as caught:
+            read_rows(file)
+        found, _ = reported(caught.value, file)
+        assert found[2].startswith(f"the field {name!r} changes what this row means and is not read yet. ")
+        assert [each.line for each in read_rows(file, "skip")[0]] == [1]
+        read_rows(write(tmp_path / "rows.jsonl", [line(**row, **{name: value}) for value in EMPTY]))
+    for content in ("b", None):  # beside a text, and alone
+        messages = [asked, answer | {"content": content, name: MEANING[name]}]
+        with pytest.raises(ValueError, match=rf"message 2: the field '{name}' changes what this row means"):
+            to_turns({"messages": messages}, "messages")
+    for value in EMPTY:
+        assert len(to_turns({"messages": [asked, answer | {name: value}]}, "messages")) == 2
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "loss"])
+def test_a_message_that_says_it_is_not_learned_is_refused(name):
+    for number, learned in enumerate((0, 1)):
+        for value in (0, 1, False, True, 0.5, None):
+            messages = [*map(dict, ANSWERED)]
+            messages[number][name] = value
+            if value in (learned, None):
+                assert len(to_turns({"messages": messages}, "messages")) == 2
+                continue
+            with pytest.raises(ValueError, match=f"message {number + 1}: the field '{name}' changes what is learned"):
+                to_turns({"messages": messages}, "messages")
+
+
+def test_every_verb_refuses_such_a_row(tmp_path, tiny_folder, capsys):
+    """`eval`, `generate` and `preview` once said nothing of the field, `train` only named it in its header."""
+    file = write(tmp_path / "rows.jsonl", [line(instruction="a", output="b", history=[["c", "d"]])])
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": CALLS}, *ANSWERED]
+    talk = write(tmp_path / "talk.jsonl", [line(messages=turns)])
+    for path, name in ((file, "history"), (talk, "tool_calls")):
+        for command in (
+            ["train", "demo", "--train_file", path, "--output_dir", tmp_path / "run"],
+            ["preview", path],
+            ["eval", "--eval_file", path],
+            ["generate", "--input_file", path, "--output_file", tmp_path / "answers.jsonl"],
+        ):
+            assert cli.main(list(map(str, [*command, "--model", tiny_folder]))) == 2
+            assert re.search(rf"{path}:1: .*the field '{name}' changes what this row means", capsys.readouterr().err)
 
 
 def test_more_bad_lines_than_are_shown_are_counted(tmp_path):

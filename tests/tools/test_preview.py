@@ -167,6 +167,14 @@ def test_the_counts_are_those_that_a_run_reports(tmp_path, look, tiny_folder):
     assert any(data_report.describe_data(report))
 
 
+def test_fields_that_are_not_read_are_reported(tmp_path, look):
+    """Only the header of `train` once named them."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row | {"id": 1, "sytem": "s"}) + "\n" for row in ROWS[:2]))
+    facts = dict(preview.facts(look(path)[0].statistics))
+    assert facts["  unread"] == "fields not read: id (2 rows), sytem (2 rows)"
+
+
 @given(st.lists(st.integers(2, 40_000), min_size=1, max_size=60))
 def test_the_histogram_counts_each_row_once(lengths):
     bins = histogram(np.array(lengths))
