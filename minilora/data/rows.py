@@ -1,14 +1,13 @@
 """Reads the rows of a file and collects what is wrong with them."""
 
-import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from minilora.data.formats import FORMATS, OPTIONAL, Row, detect_format, to_turns
-from minilora.data.jsonl import UTF16, file_sha256, parse_line, read_lines
+from minilora.data.jsonl import file_sha256, parse_line, read_lines
 from minilora.data.report import MAX_PROBLEMS_SHOWN, DataReport
+from minilora.data.whole_file import whole_file_mistake
 from minilora.errors import DataError
 
 
@@ -24,10 +23,9 @@ def stream_rows(report: DataReport, on_bad_rows: str) -> Iterator[Row]:
     When all are read, raises DataError that lists every bad line with its number and reason (or, with on_bad_rows =
     skip, only when there was no good row).
     """
-    path, good, first = report.file, 0, b""
+    path, good = report.file, 0
     for number, line in read_lines(path):
         report.rows += 1
-        first = first or line
         try:
             row = _row(number, parse_line(line), report)
         except ValueError as error:
@@ -35,7 +33,7 @@ def stream_rows(report: DataReport, on_bad_rows: str) -> Iterator[Row]:
         else:
             good += 1
             yield row
-    if len(report.bad) > good and (mistake := _whole_file_mistake(report, first)):
+    if mistake := whole_file_mistake(path, len(report.bad), good):
         raise DataError(mistake)
     if report.bad and on_bad_rows == "error":
         shown = report.bad[:MAX_PROBLEMS_SHOWN]
@@ -67,33 +65,3 @@ def _row(number: int, row: dict[str, Any], report: DataReport) -> Row:
         unread |= {f"messages: {key}" for key in message.keys() - {"role", "content"}}
     report.unread.update(unread)
     return Row(number, turns)
-
-
-def _whole_file_mistake(report: DataReport, first: bytes) -> str:
-    """What is wrong with a file most of whose rows are bad, and a command that mends it; empty for lines of their own.
-
-    first: its first line, the only one that tells an array, a table or UTF-16 from a file of bad rows.
-    """
-    path, text = report.file, first.strip()
-    unpack = f"gunzip -k {shlex.quote(path)} && " if path.endswith(".gz") else ""
-    mend = f"{shlex.quote(path.removesuffix('.gz'))} > new.jsonl converts it"
-    for name, starts in UTF16.items():
-        if first.startswith(starts):
-            return f"{path}: this is {name}, UTF-8 is needed: {unpack}iconv -f {name} -t UTF-8 {mend}"
-    not_utf8 = sum(": not UTF-8 (" in reason for reason in report.bad)
-    encoding = "gb18030" if 2 * not_utf8 > len(report.bad) else "utf-8-sig"
-    opened = f'open(sys.argv[1], newline="", encoding="{encoding}")'
-    script = "import csv, json, sys; [print(json.dumps(row)) for row in %s]"
-    if re.match(rb"\[\s*(\{|$)", text):
-        command = "python -c " + shlex.quote(script % f"json.load({opened})")
-        return f"{path}: this is a JSON array, one object a line is needed: {unpack}{command} {mend}"
-    columns = [name.strip(b" \"'").decode(errors="replace") for name in re.split(rb"[,;\t]", text)]
-    if {key for needed in FORMATS.values() for key in needed} & set(columns):
-        delimiter = next(mark for mark in "\t;," if mark.encode() in text or mark == ",")
-        command = "python -c " + shlex.quote(script % f"csv.DictReader({opened}, delimiter={delimiter!r})")
-        return f"{path}: this is a table (CSV), one JSON object a line is needed: {unpack}{command} {mend}"
-    if text == b"{":
-        return f"{path}: its objects take several lines each, one object a line is needed: {unpack}jq -c . {mend}"
-    if encoding == "gb18030":
-        return f"{report.bad[0]}; UTF-8 is needed. Where the file is GBK: {unpack}iconv -f GB18030 -t UTF-8 {mend}"
-    return ""
