@@ -192,7 +192,7 @@ def statistics(material: Material) -> Statistics:
         not_ended=dataset.lines[~ended(dataset, material.markup)].tolist(),
         copies=copies,
         contradictions=contradictions,
-        spelled=[row.line for row in material.rows if any(spelling.search(turn.content) for turn in row.turns)],
+        spelled=[row.line for row in material.rows if any(map(spelling.search, material.markup.texts(row.turns)))],
     )
 
 
