@@ -1,6 +1,5 @@
 """`minilora preview`: rows as the model will see them, and what a file of them holds; no weights are loaded."""
 
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -53,7 +52,7 @@ class Statistics:
     file: str
     format: str
     rows: int
-    bad: list[str]  # "file:line: reason"
+    bad: tuple[str, ...]  # "file:line: reason"
     unread: Counter[str]  # rows that have a field which no format reads
     dropped: dict[str, list[int]]  # by reason
     kept: int
@@ -112,15 +111,14 @@ def preview(path: str, config: TrainConfig, num_rows: int, from_line: int) -> Pr
 
 def read(path: str, config: TrainConfig, notes: list[str]) -> Material:
     """Everything that is looked at; `notes` tells where the model limits max_length."""
-    rows, report = read_rows(path, "skip")
+    rows, reading = read_rows(path, "skip")
     base_folder = find_model(config.model)
     tokenizer = load_tokenizer(base_folder)
     markup = ChatMarkup(tokenizer)
     longest = longest_allowed(config, base_folder, notes)
-    how: dict[str, Any] = {"system_prompt": config.system_prompt, "train_on_prompt": config.train_on_prompt}
-    copy = dataclasses.replace(report)  # the figures are those of what a run takes
-    whole = tokenize(rows, markup, copy, max_length=NO_LIMIT, overlong="truncate", **how)
-    dataset = tokenize(rows, markup, report, max_length=longest, overlong=config.overlong, **how)
+    settings: dict[str, Any] = {"system_prompt": config.system_prompt, "train_on_prompt": config.train_on_prompt}
+    whole, _ = tokenize(rows, markup, reading, max_length=NO_LIMIT, overlong="truncate", **settings)
+    dataset, report = tokenize(rows, markup, reading, max_length=longest, overlong=config.overlong, **settings)
     return Material(config, rows, report, tokenizer, markup, longest, whole, dataset)
 
 

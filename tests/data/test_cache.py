@@ -23,7 +23,6 @@ from minilora.data import cache, dataset
 from minilora.data.dataset import Columns, FileColumn, tokenize
 from minilora.data.jsonl import file_sha256
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import DataReport
 from minilora.data.rows import read_rows
 from minilora.errors import ConfigError, DataError
 from minilora.models import load as loading
@@ -60,13 +59,12 @@ def rows(tmp_path):
 
 
 def open_cache(path, markup, **how):
-    report = DataReport(str(path), sha256=file_sha256(path))
-    return cache.cached(report, markup, "skip", HOW | how), report
+    return cache.cached(str(path), file_sha256(path), markup, "skip", HOW | how)
 
 
 def in_memory(path, markup, **how):
-    rows, report = read_rows(path, "skip")
-    return tokenize(rows, markup, report, **HOW | how), report
+    rows, reading = read_rows(path, "skip")
+    return tokenize(rows, markup, reading, **HOW | how)
 
 
 def assert_same(found, expected):
@@ -226,9 +224,9 @@ def test_what_the_system_refuses_makes_memory_do(where, make_config, markup, mon
     else:
         monkeypatch.setattr(cache, "_to_disk", refuse)
     config = make_config()
-    read = data_build.read_sources(config)
-    assert len(data_build.make_sets(config, read, markup, 512).train) == 32
-    (note,) = read.reports[0].notes
+    sets = data_build.make_sets(config, data_build.read_sources(config), markup, 512)
+    assert len(sets.train) == 32
+    (note,) = sets.reports[0].notes
     assert "Function not implemented. Make room for a cache there, or elsewhere by XDG_CACHE_HOME" in note
     assert "What was saved" not in note
     assert folders(place) == []
@@ -285,16 +283,14 @@ def test_questions_are_found_in_one_pass(make_config, markup, monkeypatch):
 def test_how_often_a_file_is_taken_is_said_of_that_file(make_config, tmp_path, markup):
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", 8, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     config = make_config(train_file=tuple(map(str, paths)), train_weights=(1.0, 1.0, 0.5), deduplicate=True)
-    read = data_build.read_sources(config)
-    data_build.make_sets(config, read, markup, 512)
-    said = [[note for note in report.notes if "an epoch takes" in note] for report in read.reports]
+    sets = data_build.make_sets(config, data_build.read_sources(config), markup, 512)
+    said = [[note for note in report.notes if "an epoch takes" in note] for report in sets.reports]
     assert said == [[f"an epoch takes {taken} of its 8 rows, by its weight"] if taken else [] for taken in (8, 0, 4)]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(rows, markup, place):
-    report = DataReport(str(rows), sha256="0" * 64)
     with pytest.raises(DataError, match="was changed while it was read"):
-        cache.cached(report, markup, "skip", HOW)
+        cache.cached(str(rows), "0" * 64, markup, "skip", HOW)
     assert folders(place) == []
 
 
@@ -335,12 +331,11 @@ def test_without_a_place_for_it_memory_must_do(make_config, tmp_path, monkeypatc
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
     config = make_config()
-    read = data_build.read_sources(config)
-    found = data_build.make_sets(config, read, markup, 512).train
+    sets = data_build.make_sets(config, data_build.read_sources(config), markup, 512)
     expected, _ = in_memory(config.train_file, markup, max_length=512, system_prompt=config.system_prompt)
-    assert np.array_equal(found.keys, expected.keys)
-    assert read.reports[0].kept == 32
-    assert "tokenised in memory" in read.reports[0].notes[0]
+    assert np.array_equal(sets.train.keys, expected.keys)
+    assert sets.reports[0].kept == 32
+    assert "tokenised in memory" in sets.reports[0].notes[0]
 
 
 BUILD = """
@@ -349,14 +344,13 @@ from minilora import demo
 from minilora.data import cache, dataset
 from minilora.data.jsonl import file_sha256
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import DataReport
 from minilora.models.load import load_tokenizer
 dataset.ROWS_AT_ONCE = 64
 markup = ChatMarkup(load_tokenizer(demo.DEMO_DIR))
 print("begun", flush=True)
 path = sys.argv[1]
 how = {"system_prompt": "", "max_length": 512, "overlong": "truncate", "train_on_prompt": False}
-print(len(cache.cached(DataReport(path, sha256=file_sha256(path)), markup, "error", how)))
+print(len(cache.cached(path, file_sha256(path), markup, "error", how)[0]))
 """
 
 

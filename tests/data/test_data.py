@@ -7,6 +7,7 @@ import operator
 import os
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from minilora.data.dataset import IGNORE, Dataset, split, tokenize
 from minilora.data.formats import Row, Turn, detect_format, to_turns
 from minilora.data.jsonl import MAX_LINE_BYTES, read_lines
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import MAX_PROBLEMS_SHOWN, DataReport
+from minilora.data.report import MAX_PROBLEMS_SHOWN, Cut, Figures, Reading, put_together
 from minilora.data.rows import read_rows
 from minilora.errors import DataError
 from minilora.models import load as loading
@@ -64,11 +65,19 @@ def markup(markups):
     return markups["qwen2"]
 
 
-def examples_of(turns_of_rows, markup, report=None, **keys):
+READ = Reading("rows.jsonl", "", "", 0, 3, (), Counter())
+
+
+def examples_of(turns_of_rows, markup, **keys):
     """These conversations as a Dataset, with TrainConfig's defaults for what is not given."""
+    return examples_and_report(turns_of_rows, markup, **keys)[0]
+
+
+def examples_and_report(turns_of_rows, markup, **keys):
+    """The same, and the report of it."""
     rows = [Row(number, tuple(Turn(*turn) for turn in turns)) for number, turns in enumerate(turns_of_rows, 1)]
     default = {"system_prompt": SYSTEM, "max_length": 1024, "overlong": "truncate", "train_on_prompt": False}
-    return tokenize(rows, markup, report or DataReport("rows.jsonl"), **(default | keys))
+    return tokenize(rows, markup, READ, **(default | keys))
 
 
 def marked(example, tokenizer):
@@ -403,13 +412,11 @@ def test_truncated_at_every_length(markup):
     first = next(i for i, label in enumerate(labels) if label != IGNORE)
     assert first > 10
     for limit in range(2, len(ids) + 2):
-        report = DataReport("rows.jsonl")
         if limit <= first:
             with pytest.raises(DataError, match=f"max_length {limit}"):
-                examples_of([LONG], markup, report, max_length=limit)
-            assert report.dropped_unsupervised == 1
+                examples_of([LONG], markup, max_length=limit)
             continue
-        (cut,) = examples_of([LONG], markup, report, max_length=limit)
+        (cut,), report = examples_and_report([LONG], markup, max_length=limit)
         kept = len(cut.input_ids)
         assert kept <= limit
         assert cut.input_ids.tolist() == ids[:kept]
@@ -429,9 +436,8 @@ def test_truncation_leaves_nothing_behind_the_last_supervised_token(markup):
 
 
 def test_rows_with_nothing_left_to_learn_are_dropped_and_counted(markup):
-    report = DataReport("rows.jsonl", rows=3)
     rows = [[("user", "a"), ("assistant", "b")], [("user", "word " * 200), ("assistant", "b")], LONG]
-    dataset = examples_of(rows, markup, report, max_length=60)
+    dataset, report = examples_and_report(rows, markup, max_length=60)
     assert dataset.lines.tolist() == [1, 3]
     assert (report.kept, report.dropped_unsupervised, report.dropped_overlong) == (2, 1, 0)
     with pytest.raises(DataError, match="no example is left"):
@@ -441,8 +447,7 @@ def test_rows_with_nothing_left_to_learn_are_dropped_and_counted(markup):
 def test_overlong_drop_and_error(markup):
     short, long = [("user", "a"), ("assistant", "b")], [("user", "a"), ("assistant", "word " * 200)]
     rows = [short, long, short, long]
-    report = DataReport("rows.jsonl")
-    dataset = examples_of(rows, markup, report, max_length=60, overlong="drop")
+    dataset, report = examples_and_report(rows, markup, max_length=60, overlong="drop")
     assert dataset.lines.tolist() == [1, 3]
     assert (report.kept, report.dropped_overlong, report.truncated, report.dropped_unsupervised) == (2, 2, 0, 0)
     with pytest.raises(DataError) as caught:
@@ -466,8 +471,7 @@ def numbered(count, seed=0):
 
 
 def test_report_counts_and_percentiles(markup):
-    report = DataReport("rows.jsonl")
-    dataset = examples_of(numbered(101), markup, report)
+    dataset, report = examples_and_report(numbered(101), markup)
     lengths = sorted(len(example.input_ids) for example in dataset)
     assert report.lengths == {"p50": lengths[50], "p95": lengths[95], "max": lengths[100]}
     assert len(set(report.lengths.values())) == 3
@@ -478,9 +482,9 @@ def test_report_counts_and_percentiles(markup):
 
 
 def test_what_a_run_says_of_its_data():
-    report = DataReport("f.jsonl", rows=9, kept=4, bad=["f.jsonl:2: x"], truncated=3, dropped_overlong=2)
-    report.dropped_unsupervised, report.lengths = 2, {"p50": 10, "p95": 20, "max": 3000}
-    report.tokens, report.supervised_tokens = 200, 50
+    reading = Reading("f.jsonl", "", "", 0, 9, ("f.jsonl:2: x",), Counter())
+    figures = Figures(4, {"p50": 10, "p95": 20, "max": 3000}, 200, 50)
+    report = put_together(reading, Cut(3, 2, 2), figures)
     first, second = data_report.describe_data(report)
     assert first == "f.jsonl: 4 of 9 rows kept; dropped: 1 bad, 2 longer than max_length, 2 nothing supervised"
     assert second == "tokens a row p50 / p95 / max: 10 / 20 / 3,000; 25 % supervised; 3 rows truncated"
@@ -1007,10 +1011,10 @@ def test_our_files_are_good(name, markup):
     train, valid, at_least = OURS[name]
     for path, needed in ((train, at_least), (valid, 50)):
         rows, report = read_rows(path)
-        assert report.bad == []
+        assert report.bad == ()
         assert report.format == "instruction/output"
         assert len(rows) == len(raw_rows(path)) >= needed
-        dataset = tokenize(
+        dataset, _ = tokenize(
             rows, markup, report, system_prompt=SYSTEM, max_length=1024, overlong="error", train_on_prompt=False
         )
         assert len(dataset) == len(rows)

@@ -52,7 +52,7 @@ def look(tiny_folder):
         kept, report = read_rows(path, "skip")
         how = {"overlong": config.overlong, "train_on_prompt": config.train_on_prompt}
         how |= {"system_prompt": config.system_prompt, "max_length": config.max_length}
-        return found, tokenize(kept, ChatMarkup(loading.load_tokenizer(tiny_folder)), report, **how)
+        return found, tokenize(kept, ChatMarkup(loading.load_tokenizer(tiny_folder)), report, **how)[0]
 
     return run
 
@@ -154,10 +154,10 @@ def test_rows_that_are_dropped_say_why(file, look):
 def test_the_counts_are_those_that_a_run_reports(tmp_path, look, tiny_folder):
     path = write_jsonl(tmp_path / "many.jsonl", 300, seed=5)
     found, dataset = look(path, max_length=44)
-    _, report = read_rows(path)
+    rows, reading = read_rows(path)
     markup = ChatMarkup(loading.load_tokenizer(tiny_folder))
     config = TrainConfig(max_length=44)
-    tokenize(read_rows(path)[0], markup, report, system_prompt=config.system_prompt, max_length=44,
+    _, report = tokenize(rows, markup, reading, system_prompt=config.system_prompt, max_length=44,
              overlong="truncate", train_on_prompt=False)  # fmt: skip
     stats = found.statistics
     assert 0 < report.truncated < 300
