@@ -24,10 +24,11 @@ from minilora.data.dataset import Columns, FileColumn, tokenize
 from minilora.data.jsonl import file_sha256
 from minilora.data.markup import ChatMarkup
 from minilora.data.rows import read_rows
-from minilora.errors import ConfigError, DataError
+from minilora.errors import ConfigError, DataError, StorageError
 from minilora.models import load as loading
 from minilora.training.setup import prepare
 from minilora.training.signals import StopRequest
+from minilora.utils import files
 
 pytestmark = pytest.mark.usefixtures("bare_run", "place")
 HOW = {"system_prompt": "Be brief.", "max_length": 40, "overlong": "truncate", "train_on_prompt": False}
@@ -230,6 +231,25 @@ def test_what_the_system_refuses_makes_memory_do(where, make_config, markup, mon
     assert "Function not implemented. Make room for a cache there, or elsewhere by XDG_CACHE_HOME" in note
     assert "What was saved" not in note
     assert folders(place) == []
+
+
+def test_the_reason_of_an_error_is_a_field_of_it(tmp_path):
+    """Another module once cut the message at its words."""
+    with pytest.raises(StorageError) as caught, files.storage_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.reason == f"{tmp_path}: cannot be written: No space left on device"
+    assert str(caught.value) == f"{caught.value.reason}. What was saved before is intact."
+
+
+def test_reports_do_not_change_when_sets_are_made_once_more(make_config, markup):
+    """The notes of a report once stood in it twice."""
+    config = make_config(train_weights=(0.5,))
+    sources = data_build.read_sources(config)
+    first, second = (data_build.make_sets(config, sources, markup, 512) for _ in range(2))
+    assert first.reports == second.reports
+    assert first.reports[0].notes
+    with pytest.raises(AttributeError):
+        first.reports[0].rows = 1
 
 
 def test_a_file_in_its_place_is_removed(rows, markup, place):
