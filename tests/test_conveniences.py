@@ -406,8 +406,8 @@ def test_rows_of_the_evaluation_set_among_those_of_training_are_told(make_config
 
     def sets_of(**keys):
         config = make_config(**keys)
-        sources = read_sources(config)
-        return make_sets(config, sources, markup, 512), [report.notes for report in sources.reports]
+        sets = make_sets(config, read_sources(config), markup, 512)
+        return sets, [list(report.notes) for report in sets.reports]
 
     train = rows_of(tmp_path / "a.jsonl", A, B, C, A)
     valid = rows_of(tmp_path / "v.jsonl", A, D, D)
