@@ -1,4 +1,4 @@
-"""Every command of the README does what it says, in the order in which it stands there."""
+"""Every command of README and usage page does what it says, in the order in which it stands there."""
 
 import ast
 import contextlib
@@ -15,12 +15,14 @@ from conftest import ROOT, bare_runs
 from minilora import cli
 
 README = (ROOT / "README.md").read_text("utf-8")
+USAGE = (ROOT / "docs" / "usage.md").read_text("utf-8")
+MAX_README_LINES = 170
 DEMO = str(ROOT / "minilora" / "demo" / "model")
 HUB_NAME = "Qwen/Qwen2-0.5B-Instruct"
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", README + USAGE, re.M | re.S)
 
 
 def for_the_test(command: str) -> str | None:
@@ -69,7 +71,8 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # torchrun leaves folders there
-    for command in [line for block in blocks("bash") for line in block.splitlines() if line.strip()]:
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    for command in dict.fromkeys(lines):  # README shows some of the commands of the usage page
         if for_the_test(command) is None:
             continue
         told = told_by(command)
@@ -112,11 +115,20 @@ def test_the_step_in_the_readme_is_the_one_in_the_code():
 
 
 def test_the_file_tree_is_the_one_on_the_disk():
-    """Each room stands in the tree with its purpose, and nothing stands there that is not on the disk."""
+    """Each file and folder stands in the tree with its purpose, and nothing stands there that is not on the disk."""
     (tree,) = [block for block in blocks("text") if "minilora/" in block and "loop.py" in block]
-    named = set(re.findall(r"^\s*([\w.]+\.py)\s", tree, re.M))
-    rooms = {path.name for path in (ROOT / "minilora").glob("*.py")} - {"__init__.py", "__main__.py"}
-    assert named == rooms | {"train.py"}
+    _, _, inside = tree.partition("minilora/\n")
+    inside = inside[: inside.index("\ndata/")]
+    named = [word for line in inside.splitlines() for word in re.findall(r"^  ([\w.]+/?(?: demo/)?)", line)[0].split()]
+    package = ROOT / "minilora"
+    there = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    there |= {f"{path.name}/" for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert set(named) == there
+    assert len(named) == len(there)
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= MAX_README_LINES
 
 
 def test_each_cell_about_a_peer_has_its_source():
@@ -126,7 +138,7 @@ def test_each_cell_about_a_peer_has_its_source():
         rows = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in re.findall(r"^\|.*\|$", text, re.M)]
         return [row for row in rows if len(row) == columns]
 
-    (section,) = re.findall(r"^What each can do.*?(?=^## )", README, re.M | re.S)
+    (section,) = re.findall(r"^What each can do.*\Z", README, re.M | re.S)
     (_, *names), _, *rows = cells(section, 9)
     said = {(feature, who, cell) for feature, *line in rows for who, cell in zip(names, line, strict=True)}
     assert {cell for *_, cell in said} == {"yes", "no", "partly", "-"}
