@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from minilora.lora import LoRALinear, disabled
     from minilora.training.finish import Summary
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "AdapterConfig",
     "Adapters",

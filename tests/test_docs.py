@@ -109,8 +109,11 @@ def test_quoted_code_is_the_code(path, file, content):
 
 def test_the_walkthrough_quotes_the_whole_story():
     files = {file for path, file, _ in (param.values for param in QUOTED) if path.name == "walkthrough.md"}
-    rooms = ("data", "dataset", "lora", "batching", "loss", "loop", "optim", "adapter", "finish")
-    assert files == {f"minilora/{room}.py" for room in rooms}
+    modules = (
+        *("data/formats", "data/markup", "data/dataset", "data/sampler", "batching", "lora", "loss", "loop", "optim"),
+        *("adapters/format", "training/finish"),
+    )
+    assert files == {f"minilora/{module}.py" for module in modules}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
@@ -129,7 +132,7 @@ def test_links_lead_somewhere(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=named)
 def test_tests_that_are_named_are_there(path):
     file = ""
-    for name, test in re.findall(r"`(?:(tests/\w+\.py))?(?:::(test_\w+\*?))?`", path.read_text("utf-8")):
+    for name, test in re.findall(r"`(?:(tests/[\w/]+\.py))?(?:::(test_\w+\*?))?`", path.read_text("utf-8")):
         file = name or file
         if not test:
             continue
