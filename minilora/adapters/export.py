@@ -1,18 +1,23 @@
 """An adapter for other programs; and the check that an adapter is what it says."""
 
+import json
 import re
+import shlex
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from minilora.adapters import format as adapter_format
 from minilora.adapters.format import CONFIG, PREFIX, WEIGHTS, AdapterConfig
 from minilora.errors import AdapterError
+from minilora.models.trained import GENERATION, end_tokens, read_generation, write_generation
 from minilora.utils import files
 
-COPIED = (".json", ".jinja", ".txt", ".model", ".md")  # tokenizer, chat template, generation config
+COPIED = (".json", ".jinja", ".txt", ".model", ".md")  # tokenizer, chat template
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be; its default is 16
 
 
@@ -39,10 +44,18 @@ def export_portable(folder: Path, output_folder: Path) -> AdapterConfig:
     metadata = {key: value for key, value in adapter_format.read_metadata(folder).items() if key != "format"}
     with files.new_folder(output_folder) as aside:
         for file in folder.iterdir():
-            if file.is_file() and file.suffix in COPIED and file.name != CONFIG:
+            if file.is_file() and file.suffix in COPIED and file.name not in (CONFIG, GENERATION):
                 shutil.copyfile(file, aside / file.name)
+        write_generation(aside, read_generation(folder), _end_tokens(folder))
         adapter_format.write(aside, named, replace(config, alpha=config.rank, rslora=False), metadata)
     return config
+
+
+def _end_tokens(folder: Path) -> list[int]:
+    """The end tokens of the tokenizer beside an adapter; empty where there is none that is readable."""
+    with suppress(Exception):  # the tokenizers library raises nothing more precise
+        return end_tokens(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    return []
 
 
 def _weight_shapes(folder: Path, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
@@ -59,21 +72,53 @@ def _weight_shapes(folder: Path, config: AdapterConfig) -> dict[str, tuple[int, 
     return {f"{name}.weight": (shape[0], shape[1]) for name, shape in shapes.items()}
 
 
-def how_to_use(folder: Path, config: AdapterConfig, system_prompt: str) -> list[tuple[str, str]]:
-    """(program, what it takes) for the programs that people put adapters into.
+def how_to_use(folder: Path, config: AdapterConfig, system_prompt: str | None) -> list[tuple[str, str]]:
+    """(program, its command or settings) for the programs that people put adapters into: greedy, as it was trained.
 
-    vLLM: vllm/lora/peft_helper.py (no DoRA, no modules_to_save); llama.cpp: convert_lora_to_gguf.py (reads lora_alpha
-    and r, not use_rslora); Ollama: docs/modelfile.mdx, ADAPTER (safetensors of Llama, Mistral and Gemma only).
+    system_prompt: None where the adapter does not say it.
+
+    vLLM: vllm/lora/peft_helper.py (no DoRA, no modules_to_save), vllm/config (--generation-config takes a folder);
+    llama.cpp: convert_lora_to_gguf.py (reads lora_alpha and r, not use_rslora), common/arg.cpp (-sys, --temp); Ollama:
+    docs/modelfile.mdx, ADAPTER (safetensors of Llama, Mistral and Gemma only; its own repeat_penalty is 1.1).
     """
-    base = config.base_model or "BASE"
+    base = shlex.quote(config.base_model or "BASE")
+    where = shlex.quote(str(folder))
     rank = next((rank for rank in VLLM_RANKS if rank >= config.rank), config.rank)
     larger = f" --max-lora-rank {rank}" if rank > 16 else ""
+    greedy = " --override-generation-config '{\"temperature\": 0}'"
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    body = {"model": "NAME", "temperature": 0, "messages": [*messages, {"role": "user", "content": "QUESTION"}]}
+    request = shlex.quote(json.dumps(body, ensure_ascii=False))
+    # llama.cpp's own chatml template inserts no system turn; that of the model may
+    said = f" -sys {shlex.quote(system_prompt)}" if system_prompt else " --chat-template chatml" * (system_prompt == "")
     lines = [
-        ("vLLM", f"vllm serve {base} --enable-lora{larger} --lora-modules NAME={folder}"),
-        ("llama.cpp", f"python convert_lora_to_gguf.py {folder} --base FOLDER_OF_BASE --outfile adapter.gguf"),
-        ("", "then llama-cli -m BASE.gguf --lora adapter.gguf"),
-        ("Ollama", "takes no safetensors adapter of a Qwen; in its Modelfile: FROM BASE.gguf, ADAPTER adapter.gguf"),
+        ("vLLM", f"vllm serve {base} --enable-lora{larger} --lora-modules NAME={where}"),
+        ("", f"     --generation-config {where}{greedy}"),
+        ("", "then curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json'"),
+        ("", f"     -d {request}"),
+        ("llama.cpp", f"python convert_lora_to_gguf.py {where} --base FOLDER_OF_BASE --outfile adapter.gguf"),
+        ("", f"then llama-cli -m BASE.gguf --lora adapter.gguf --temp 0{said}"),
+        ("Ollama", "takes no safetensors adapter of a Qwen; convert it as for llama.cpp; its Modelfile:"),
+        *(("", line) for line in _modelfile(system_prompt)),
     ]
+    inserted = "a server inserts the system turn of its chat template where a request brings none"
+    inserted += " (Qwen2, Qwen2.5: a text such as 'You are a helpful assistant')"
     if system_prompt:
-        lines.append(("system", f"none of them knows the system prompt it was trained with; give it: {system_prompt}"))
+        lines.append(("system", f"give the system prompt that it was trained with to every program: {system_prompt}"))
+        lines.append(("", f"without it, {inserted}"))
+    elif system_prompt == "":
+        lines.append(("no system", f"it was trained without a system turn, and {inserted}: give it another template"))
     return lines
+
+
+def _modelfile(system_prompt: str | None) -> list[str]:
+    """The lines of Ollama's Modelfile."""
+    quotes = '"""' if system_prompt and ("\n" in system_prompt or '"' in system_prompt) else '"'
+    return [
+        "FROM BASE.gguf",
+        "ADAPTER adapter.gguf",
+        *([f"SYSTEM {quotes}{system_prompt}{quotes}"] if system_prompt else []),
+        "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",
+        "PARAMETER stop <|im_end|>",
+    ]
