@@ -85,19 +85,17 @@ def how_to_use(folder: Path, config: AdapterConfig, system_prompt: str | None) -
     where = shlex.quote(str(folder))
     rank = next((rank for rank in VLLM_RANKS if rank >= config.rank), config.rank)
     larger = f" --max-lora-rank {rank}" if rank > 16 else ""
-    greedy = " --override-generation-config '{\"temperature\": 0}'"
+    serve = f"vllm serve {base} --enable-lora{larger} --lora-modules NAME={where}"
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     body = {"model": "NAME", "temperature": 0, "messages": [*messages, {"role": "user", "content": "QUESTION"}]}
     request = shlex.quote(json.dumps(body, ensure_ascii=False))
     # llama.cpp's own chatml template inserts no system turn; that of the model may
-    said = f" -sys {shlex.quote(system_prompt)}" if system_prompt else " --chat-template chatml" * (system_prompt == "")
+    turn = f" -sys {shlex.quote(system_prompt)}" if system_prompt else " --chat-template chatml" * (system_prompt == "")
     lines = [
-        ("vLLM", f"vllm serve {base} --enable-lora{larger} --lora-modules NAME={where}"),
-        ("", f"     --generation-config {where}{greedy}"),
-        ("", "then curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json'"),
-        ("", f"     -d {request}"),
+        ("vLLM", f"{serve} --generation-config {where} --override-generation-config '{{\"temperature\": 0}}'"),
+        ("", f"then curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d {request}"),
         ("llama.cpp", f"python convert_lora_to_gguf.py {where} --base FOLDER_OF_BASE --outfile adapter.gguf"),
-        ("", f"then llama-cli -m BASE.gguf --lora adapter.gguf --temp 0{said}"),
+        ("", f"then llama-cli -m BASE.gguf --lora adapter.gguf --temp 0 --repeat-penalty 1{turn}"),
         ("Ollama", "takes no safetensors adapter of a Qwen; convert it as for llama.cpp; its Modelfile:"),
         *(("", line) for line in _modelfile(system_prompt)),
     ]

@@ -136,7 +136,7 @@ def test_the_note_says_what_other_programs_take(write, tmp_path, capsys):
         assert word in said
     assert "--max-lora-rank" not in said  # vLLM's own limit is 16
     lines = said.splitlines()
-    assert any("llama-cli" in line and "--temp 0 -sys 'Be brief.'" in line for line in lines)
+    assert any("llama-cli" in line and "--temp 0 --repeat-penalty 1 -sys 'Be brief.'" in line for line in lines)
     assert any('"role": "system", "content": "Be brief."' in line for line in lines)
     assert any("--override-generation-config '{\"temperature\": 0}'" in line for line in lines)
     for setting in ('SYSTEM "Be brief."', "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"):
