@@ -21,10 +21,10 @@ from minilora.models.trained import (
     GENERATION,
     RECORD,
     TEMPLATES,
+    adapter_system_prompt,
     end_tokens,
     model_config,
     read_generation,
-    template_system_prompt,
     write_generation,
     write_record,
 )
@@ -75,8 +75,7 @@ def merge(
     adapter_format.check_base(adapter_folder, config, folder_fingerprint(base, _all_tensors(base)), allow_other_base)
     updates = adapter_format.read_updates(adapter_folder, config, _shapes(base))
     tokenizer = load_tokenizer(base)
-    prompt = adapter_format.read_metadata(adapter_folder).get("system_prompt")
-    prompt = template_system_prompt(tokenizer) if prompt is None else prompt  # that of other trainers
+    prompt = adapter_system_prompt(adapter_format.read_metadata(adapter_folder).get("system_prompt"), tokenizer)
     with files.new_folder(output_folder) as aside:
         for file in base.iterdir():
             if file.is_file() and file.suffix in COPIED and file.name not in NOT_COPIED:

@@ -84,7 +84,7 @@ def evaluate(request: Request) -> Evaluation:
     rows, report = read_rows(os.path.expanduser(request.eval_file), request.on_bad_rows)
     rows = rows[: request.max_rows or None]
     merged = find_model(request.merged) if request.merged else None
-    chat_model = _speaker(request)
+    chat_model = _chat_model(request)
     dataset = tokenize(
         rows,
         chat_model.markup,
@@ -126,7 +126,7 @@ def evaluate(request: Request) -> Evaluation:
     )
 
 
-def _speaker(request: Request) -> ChatModel:
+def _chat_model(request: Request) -> ChatModel:
     """The model to score; its system prompt: as given, else as stored with the result, else training's default."""
     if not request.model and not request.adapter:
         raise AdapterError("give --adapter DIR, or --model NAME to evaluate a model without adapter")

@@ -17,7 +17,7 @@ from minilora.errors import AdapterError, DataError, OutOfMemoryError
 from minilora.models.fingerprint import fingerprint
 from minilora.models.load import find_model, load_model, load_tokenizer
 from minilora.models.probe import SAMPLE_PROMPTS
-from minilora.models.trained import template_system_prompt, trained_system_prompt
+from minilora.models.trained import adapter_system_prompt, trained_system_prompt
 from minilora.utils.device import free_cached, is_out_of_memory, pick_device, pick_dtype
 
 SAMPLE_TOKENS = 48
@@ -53,8 +53,7 @@ def load_chat_model(
 ) -> ChatModel:
     """A model, or the base an adapter names (model_name overrides) with the adapter on it.
 
-    system_prompt: None takes the one that it was trained with, where its files say it. Other trainers use the chat
-    template, so an adapter that does not say it gets what the template inserts, and a plain model none.
+    system_prompt: None takes the one that it was trained with (`adapter_system_prompt`); a plain model gets none.
     """
     folder = Path(os.path.expanduser(adapter_folder)) if adapter_folder else None
     if folder:
@@ -66,7 +65,7 @@ def load_chat_model(
     tokenizer = load_tokenizer(base_folder)
     if system_prompt is None and folder:
         stored = adapter_format.read_metadata(folder).get("system_prompt")
-        system_prompt = template_system_prompt(tokenizer) if stored is None else stored
+        system_prompt = adapter_system_prompt(stored, tokenizer)
     elif system_prompt is None:
         system_prompt = trained_system_prompt(base_folder) or ""
     base = load_model(base_folder, pick_dtype(dtype, place), place)

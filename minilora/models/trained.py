@@ -60,6 +60,14 @@ def template_system_prompt(tokenizer: Any) -> str:
     return found[1] if found else ""
 
 
+def adapter_system_prompt(stored: str | None, tokenizer: Any) -> str:
+    """The system prompt that an adapter was trained with: as its header says, else the chat template's.
+
+    Other trainers store none, and render their rows with the template.
+    """
+    return template_system_prompt(tokenizer) if stored is None else stored
+
+
 def common_system_prompt(examples: Sequence[Example], markup: ChatMarkup, tokenizer: Any) -> str | None:
     """The text of the system turn that all examples begin with; None where there is no such turn."""
     ids = examples[0].input_ids

@@ -50,25 +50,25 @@ class Run:
     stop: StopRequest
     world: World
     checkpointing: bool  # activations are computed again in the backward pass
+    first_step: int = 0  # steps that were done before this process began
     predicted_peak_bytes: int | None = None
     saved_step: int = -1  # of the checkpoint that this run has written last or was resumed from; -1: none
-    first_step: int = 0  # steps that were done before this process began
     before_skipped: TrainState | None = None  # the state before the first of several skipped steps
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 matrix products where the run computes in bf16."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
+    @property
+    def share_prefix(self) -> bool:
+        """Whether a micro-batch computes what all its rows begin with only once."""
+        return shares_prefix(self.config, self.device.type)
+
     @cached_property
     def system_prompt(self) -> str:
         """What is trained with: the system turn that all rows have, whoever brought it; else that of the settings."""
         common = common_system_prompt(self.train_set, self.markup, self.tokenizer)
         return self.config.system_prompt if common is None else common
-
-    @property
-    def share_prefix(self) -> bool:
-        """Whether a micro-batch computes what all its rows begin with only once."""
-        return shares_prefix(self.config, self.device.type)
 
     @property
     def resume_command(self) -> str:

@@ -19,6 +19,7 @@ from minilora.config import TrainConfig
 from minilora.errors import CheckpointError, ModelError
 from minilora.inference.evaluate import Request, evaluate
 from minilora.inference.generate import load_chat_model
+from minilora.inference.multi_adapter import load_several
 from minilora.models import load as loading
 from minilora.models import trained
 from minilora.training.setup import prepare
@@ -243,6 +244,7 @@ def test_an_adapter_of_other_programs_is_asked_with_the_templates_system_turn(ba
     save_file(load_file(weights), weights, {"format": "pt"})
     inserted = "You are a helpful assistant."
     assert load_chat_model(None, str(tmp_path / "adapter"), "float32", "cpu").system_prompt == inserted
+    assert load_several({"theirs": tmp_path / "adapter"}, None, "float32", "cpu")[0].system_prompt == inserted
     merge(tmp_path / "adapter", tmp_path / "merged")
     assert trained.trained_system_prompt(tmp_path / "merged") == inserted
 
