@@ -1,4 +1,4 @@
-"""An adapter for other programs; and the check that an adapter is what it says."""
+"""Writes an adapter for other programs, and gives the commands with which they use it."""
 
 import json
 import re
@@ -24,14 +24,14 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank 
 def export_portable(folder: Path, output_folder: Path) -> AdapterConfig:
     """Write the same adapter with its scale folded into B: lora_alpha = r, use_rslora false, so that the scale is 1.
 
-    For readers that know only alpha / r, or no scale at all. The base is not needed. Returns the source's settings.
+    It is for programs that read only alpha / r, or no scale. The base is not needed. Returns the source's settings.
     Raises AdapterError when it is not a whole LoRA adapter, or when output_folder already holds something.
     """
     config = adapter_format.read_config(folder)
     if config.dora:
         raise AdapterError(
-            f"{folder}: use_dora = True: a program that knows alpha / r at most knows no DoRA, whose magnitudes only a "
-            "merged weight can hold: python -m minilora merge"
+            f"{folder}: use_dora = True: programs that read only alpha and r do not read DoRA's magnitudes. Merge the "
+            "adapter into its base: python -m minilora merge"
         )
     if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
         raise AdapterError(f"{output_folder} is a file, or not empty: give another --output_dir")
@@ -73,7 +73,7 @@ def _weight_shapes(folder: Path, config: AdapterConfig) -> dict[str, tuple[int, 
 
 
 def how_to_use(folder: Path, config: AdapterConfig, system_prompt: str | None) -> list[tuple[str, str]]:
-    """(program, its command or settings) for the programs that people put adapters into: greedy, as it was trained.
+    """(program, its command or settings) for each program that uses adapters: greedy, with the trained system prompt.
 
     system_prompt: None where the adapter does not say it.
 
@@ -96,16 +96,16 @@ def how_to_use(folder: Path, config: AdapterConfig, system_prompt: str | None) -
         ("", f"then curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d {request}"),
         ("llama.cpp", f"python convert_lora_to_gguf.py {where} --base FOLDER_OF_BASE --outfile adapter.gguf"),
         ("", f"then llama-cli -m BASE.gguf --lora adapter.gguf --temp 0 --repeat-penalty 1{turn}"),
-        ("Ollama", "takes no safetensors adapter of a Qwen; convert it as for llama.cpp; its Modelfile:"),
+        ("Ollama", "does not read safetensors adapters of Qwen; convert the adapter as for llama.cpp; the Modelfile:"),
         *(("", line) for line in _modelfile(system_prompt)),
     ]
-    inserted = "a server inserts the system turn of its chat template where a request brings none"
+    inserted = "where a request brings no system turn, a server inserts that of its chat template"
     inserted += " (Qwen2, Qwen2.5: a text such as 'You are a helpful assistant')"
     if system_prompt:
-        lines.append(("system", f"give the system prompt that it was trained with to every program: {system_prompt}"))
-        lines.append(("", f"without it, {inserted}"))
+        lines.append(("system", f"every program needs the system prompt of the training: {system_prompt}"))
+        lines.append(("", f"without it the answers change: {inserted}"))
     elif system_prompt == "":
-        lines.append(("no system", f"it was trained without a system turn, and {inserted}: give it another template"))
+        lines.append(("no system", f"it was trained without a system turn, but {inserted}: use another template"))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""An adapter folded into its base: W0 + scale * B A (DoRA: rescaled) in fp32, rounded once, written shard by shard."""
+"""Folds an adapter into its base: W0 + scale * B A (DoRA: rescaled) in fp32, rounded once, written shard by shard."""
 
 import math
 import shutil

@@ -31,11 +31,12 @@ ROPE_ROOT_KEYS = ("rope_theta", "partial_rotary_factor")  # transformers 4 reads
 def trained_system_prompt(folder: Path) -> str | None:
     """The system prompt that the model in a folder was trained with; None where the folder does not say it.
 
-    An adapter keeps its own in the header of its weights. Raises ModelError for a file that is damaged.
+    An adapter keeps its own in the header of its weights. 0.1 wrote none beside a model: the run's settings say it.
+    Raises ModelError for a record that is damaged.
     """
     path = folder / RECORD
     if not path.exists():
-        return None
+        return _setting_of_run(folder.parent) if folder.name in ("model", "best") else None
     try:
         prompt = files.read_json(path).get("system_prompt")
     except ValueError as error:
@@ -43,6 +44,16 @@ def trained_system_prompt(folder: Path) -> str | None:
     if not isinstance(prompt, str):
         raise ModelError(f"{path}: system_prompt is no text. Remove the file, and give --system_prompt.")
     return prompt
+
+
+def _setting_of_run(run: Path) -> str | None:
+    """The setting system_prompt of a run; None where the folder is no run."""
+    if not (run / "metrics.jsonl").is_file():
+        return None
+    with suppress(ValueError, KeyError, TypeError):
+        prompt = files.read_json(run / "config.json")["config"]["system_prompt"]
+        return prompt if isinstance(prompt, str) else None
+    return None
 
 
 def write_record(folder: Path, system_prompt: str) -> None:

@@ -1,4 +1,4 @@
-"""The end of a run: its result saved, loaded from the disk into a fresh base, compared, heard, and summed up."""
+"""Ends a run: saves its result, loads it from the disk into a fresh base, compares both, and sums the run up."""
 
 import dataclasses
 import shlex
@@ -49,7 +49,7 @@ class Summary:
 
 
 def finish(run: Run, stop_reason: str) -> Summary:
-    """Save the result, load it from the disk into a fresh model, compare, let it speak; write summary.json."""
+    """Save the result, load it from the disk into a fresh model, compare, ask samples, and write summary.json."""
     result = run.folder / ("adapter" if run.config.method == "lora" else "model")
     save_result(run, result)
     world = run.world
@@ -124,7 +124,7 @@ def _verify(
 
 
 def _write_page(run: Run) -> None:
-    """report.html. The run is done and verified: nothing that goes wrong with its picture makes it a failure."""
+    """Write report.html. The run is done and verified, so an error in the page does not make it a failure."""
     page = run.folder / report.REPORT
     try:
         report.write([run.folder], page)
@@ -155,11 +155,11 @@ def _report(run: Run, summary: Summary) -> None:
             f"{summary.first_eval_loss:.4f} -> {summary.last_eval_loss:.4f} (best {summary.best_eval_loss:.4f})",
         )
     if run.state.evaluated_step > 0 and not (run.folder / "best").exists():
-        start = "the adapter it began with" if run.config.adapter else "the untrained base"
+        start = "the adapter that the run began with" if run.config.adapter else "the untrained base"
         say("", f"no evaluation was better than {start}: no best/")
     predicted = summary.predicted_peak_memory_bytes
-    said = f", {gib(predicted)} were predicted" if predicted else ""
-    say("memory", f"{gib(summary.peak_memory_bytes)} at the peak{said}")
+    prediction = f", {gib(predicted)} were predicted" if predicted else ""
+    say("memory", f"{gib(summary.peak_memory_bytes)} at the peak{prediction}")
     difference = summary.verified_max_logit_difference
     say("verified", f"{result}: loaded from the disk into a fresh base, largest logit difference {difference:.3g}")
     which = f"--{'adapter' if summary.result == 'adapter' else 'model'} {shlex.quote(str(result))}"

@@ -57,7 +57,7 @@ def save_model(
 
 
 def take_part(model: Any) -> None:
-    """What the other processes do while one writes a model: give it their shards, in the order of `save_model`."""
+    """Give the process that writes a model the shards of this one, in the order of `save_model`."""
     collect(_weights(model).values())
 
 
@@ -69,7 +69,7 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
 def reload(
     base_folder: Path, result: Path, method: str, dtype: torch.dtype, device: torch.device, bits: int = 0
 ) -> tuple[Any, Any]:
-    """(the base as it lies on the disk, a function that turns it into the saved result and returns that)."""
+    """(the base as it is on the disk, a function that turns it into the saved result and returns that)."""
     base = load_model(base_folder, dtype, device, bits)
 
     def apply() -> nn.Module:
@@ -89,7 +89,7 @@ def compare(reference: torch.Tensor, reloaded: nn.Module, ids: list[int], result
     """
     if not torch.isfinite(reference).all():
         raise DivergedError(
-            f"{result}: what was trained answers with numbers that are not finite. Start anew with "
+            f"{result}: the logits of the trained model are not finite numbers. Start a new run with "
             "a lower --learning_rate or --weight_decay."
         )
     logits = probe_logits(reloaded, ids)
@@ -145,7 +145,7 @@ def record_evaluation(run: Run, loss: float) -> None:
 
 
 def answer_questions(run: Run) -> list[str]:
-    """How the model answers run.questions now, as far as memory lasts; draws no random number."""
+    """The model's answers to run.questions now, as many as memory allows. Draws no random number."""
     chat_model = ChatModel(run.model.eval(), run.tokenizer, run.markup, run.config.system_prompt)
     answers: list[str] = []
     if run.questions:  # what training has freed makes room for what answering takes
@@ -202,7 +202,7 @@ def _refuse_spoilt(run: Run) -> None:
 
 
 def save_result(run: Run, folder: Path) -> None:
-    """What is trained, as it is now, in the form its users load: a PEFT adapter or a Hugging Face model.
+    """Save what is trained, as it is now: a PEFT adapter or a Hugging Face model.
 
     Raises DivergedError for weights that are not finite.
     """

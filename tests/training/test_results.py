@@ -192,6 +192,15 @@ def test_a_damaged_record_is_named(content, base, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_model_of_0_1_is_asked_as_its_run_says(results, tmp_path):
+    """0.1 wrote no record beside the model of method full."""
+    run = shutil.copytree(results["model"].parent, tmp_path / "run")
+    (run / "model" / "minilora.json").unlink()
+    assert trained.trained_system_prompt(run / "model") == PROMPT
+    (run / "config.json").write_text("{}")
+    assert trained.trained_system_prompt(run / "model") is None
+
+
 def rows_with_systems(path, systems):
     rows = [
         {"messages": [*([{"role": "system", "content": system}] if system else []), *turns]}
