@@ -52,10 +52,10 @@ class Job:
 
     def rendered(self) -> tuple[list[Row], Dataset]:
         """The rows, and the tokens by which all are measured: no padding, nothing after the last <|im_end|>."""
-        rows, report = read_rows(self.rows_file)
+        rows, reading = read_rows(self.rows_file)
         options = {"max_length": MAX_LENGTH, "overlong": "truncate", "train_on_prompt": False}
         markup = ChatMarkup(load_tokenizer(Path(self.model)))
-        return rows, tokenize(rows, markup, report, system_prompt=SYSTEM, **options)
+        return rows, tokenize(rows, markup, reading, system_prompt=SYSTEM, **options)[0]
 
 
 # ---------------------------------------------------------------------------------------- minilora

@@ -28,7 +28,11 @@ class CheckpointError(MiniloraError, ValueError):
 
 
 class StorageError(MiniloraError, OSError):
-    """A folder or disk that does not take what has to be written."""
+    """A folder or disk that does not take what has to be written; `reason` is the message without its advice."""
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class DivergedError(MiniloraError, ArithmeticError):

@@ -1,5 +1,6 @@
 """The files of a run: read together, rendered, looked through for repeats, split, and mixed by their weights."""
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,11 @@ import numpy as np
 
 from minilora.config import TrainConfig
 from minilora.data.cache import cached, is_large
-from minilora.data.dataset import Dataset, join, split, tokenize
-from minilora.data.dataset import describe as count_again
+from minilora.data.dataset import Dataset, describe, join, of_file, split, stack, tokenize, tokenized
 from minilora.data.formats import Question, Row, question_of
 from minilora.data.jsonl import file_sha256
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import DataReport
+from minilora.data.report import DataReport, Reading, Returned, put_together
 from minilora.data.rows import read_rows, stream_rows
 from minilora.data.sampler import Part
 from minilora.errors import DataError, StorageError
@@ -25,15 +25,17 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Source:
-    """A file's rows, and what happened to its lines; of a large file only its hash is known before it is tokenised."""
+    """A file of a run. Of a large one only its hash is known before it is tokenised: `rows` and `reading` are None."""
 
-    rows: list[Row] | None
-    report: DataReport
+    file: str
+    sha256: str
+    rows: list[Row] | None = None
+    reading: Reading | None = None
 
     def rows_of(self, lines: Iterable[int]) -> Iterator[Row]:
         """The rows of these lines, in the order of the file, which is read no further than they are taken."""
         wanted = set(lines)
-        rows = stream_rows(DataReport(self.report.file), "skip") if self.rows is None else self.rows
+        rows = stream_rows(self.file, "skip") if self.rows is None else self.rows
         return (row for row in rows if row.line in wanted)
 
 
@@ -45,16 +47,11 @@ class Sources:
     eval: Source | None
 
     @property
-    def reports(self) -> list[DataReport]:
-        """Those of all files, the training files first."""
-        return [source.report for source in (*self.train, *([self.eval] if self.eval else []))]
-
-    @property
     def sha256(self) -> str:
         """What the files hold, as the identity of a run has it; their order counts."""
-        hashes = [source.report.sha256 for source in self.train]
+        hashes = [source.sha256 for source in self.train]
         train = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-        return train + (self.eval.report.sha256 if self.eval else "")
+        return train + (self.eval.sha256 if self.eval else "")
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,14 @@ class Sets:
 
     parts: how an epoch is mixed, empty where it takes each example once
     questions: the first `eval_samples` of the evaluation set
+    reports: of all files, the training files first
     """
 
     train: Dataset
     eval: Dataset | None
     parts: tuple[Part, ...]
     questions: list[Question]
+    reports: tuple[DataReport, ...] = ()
 
 
 def read_sources(config: TrainConfig) -> Sources:
@@ -77,8 +76,9 @@ def read_sources(config: TrainConfig) -> Sources:
 
     def read_one(path: str) -> Source:
         if is_large(path):
-            return Source(None, DataReport(path, sha256=file_sha256(path)))
-        return Source(*read_rows(path, config.on_bad_rows))
+            return Source(path, file_sha256(path))
+        rows, reading = read_rows(path, config.on_bad_rows)
+        return Source(path, reading.sha256, rows, reading)
 
     read = _for_all(paths, read_one)
     count = len(config.train_files)
@@ -86,27 +86,39 @@ def read_sources(config: TrainConfig) -> Sources:
 
 
 def make_sets(config: TrainConfig, sources: Sources, markup: ChatMarkup, max_length: int) -> Sets:
-    """The rows rendered, repeats counted (and left out of the training rows with `deduplicate`), split and mixed.
-
-    The reports of `sources` get what was found.
-    """
-    reports = [source.report for source in sources.train]
-    every = [*sources.train, *([sources.eval] if sources.eval else [])]
-    rendered = _for_all(every, lambda source: to_examples(config, source, markup, max_length))
-    train_set = without_repeats(join(rendered[: len(sources.train)]), reports, remove=config.deduplicate)
-    train_set, eval_set = split(train_set, config.val_size, config.seed)
+    """The rows rendered, repeats counted (and left out of the training rows with `deduplicate`), split and mixed."""
+    files = [*sources.train, *([sources.eval] if sources.eval else [])]
+    rendered = _for_all(files, lambda source: to_examples(config, source, markup, max_length))
+    count = len(sources.train)
+    every = join([dataset for dataset, _ in rendered[:count]])
+    first = first_of_repeats(every)
+    unique = every.subset(np.flatnonzero(first)) if config.deduplicate and not first.all() else every
+    train_set, eval_set = split(unique, config.val_size, config.seed)
     asked = sources.train
     if sources.eval is not None:
-        eval_set, asked = rendered[-1], [sources.eval]
-        without_repeats(eval_set, [sources.eval.report], remove=False)
-    if eval_set is not None:
-        note_overlap(train_set, eval_set, reports)
+        eval_set, asked = rendered[-1][0], [sources.eval]
+    repeats = np.bincount(every.sources[~first], minlength=count).tolist()
+    shared = count_shared(train_set, eval_set, count) if eval_set is not None else [0] * count
     parts = parts_of(train_set, config.train_weights)
-    taken = [report for number, report in enumerate(reports) if parts and (train_set.sources == number).any()]
-    for part, report in zip(parts, taken, strict=True):
-        report.notes.append(f"an epoch takes {part.taken:,} of its {part.rows:,} rows, by its weight")
+    with_part = [number for number in range(count) if parts and (train_set.sources == number).any()]
+    part_of = dict(zip(with_part, parts, strict=True))
+
+    reports = []
+    for number, (_, report) in enumerate(rendered[:count]):
+        notes = [] if config.deduplicate else repeat_notes(repeats[number])
+        if repeats[number] and config.deduplicate:
+            rest = unique.subset(np.flatnonzero(unique.sources == number))
+            report = dataclasses.replace(report, dropped_repeats=repeats[number], **vars(describe(rest)))
+        if found := shared[number]:
+            notes.append(f"rows that the evaluation set holds too, to the token: {found:,}; its loss will flatter")
+        if part := part_of.get(number):
+            notes.append(f"an epoch takes {part.taken:,} of its {part.rows:,} rows, by its weight")
+        reports.append(dataclasses.replace(report, notes=(*report.notes, *notes)))
+    for dataset, report in rendered[count:]:
+        notes = repeat_notes(int((~first_of_repeats(dataset)).sum()))
+        reports.append(dataclasses.replace(report, notes=(*report.notes, *notes)))
     questions = first_questions(config, eval_set, asked, markup, max_length) if eval_set is not None else []
-    return Sets(train_set, eval_set, parts, questions)
+    return Sets(train_set, eval_set, parts, questions, tuple(reports))
 
 
 def _for_all(items: Iterable[Item], make: Callable[[Item], Made]) -> list[Made]:
@@ -122,51 +134,38 @@ def _for_all(items: Iterable[Item], make: Callable[[Item], Made]) -> list[Made]:
     return made
 
 
-def to_examples(config: TrainConfig, source: Source, markup: ChatMarkup, max_length: int) -> Dataset:
+def to_examples(config: TrainConfig, source: Source, markup: ChatMarkup, max_length: int) -> tuple[Dataset, DataReport]:
     """Rows as the settings want them rendered, cut and masked."""
-    how = {name: getattr(config, name) for name in ("system_prompt", "overlong", "train_on_prompt")}
-    how["max_length"] = max_length
-    if source.rows is not None:
-        return tokenize(source.rows, markup, source.report, **how)
-    report = source.report
-    fresh = DataReport(report.file, sha256=report.sha256)
+    settings = {name: getattr(config, name) for name in ("system_prompt", "overlong", "train_on_prompt")}
+    settings["max_length"] = max_length
+    if source.rows is not None and source.reading is not None:
+        return tokenize(source.rows, markup, source.reading, **settings)
     try:
-        return cached(report, markup, config.on_bad_rows, how)
+        return cached(source.file, source.sha256, markup, config.on_bad_rows, settings)
     except StorageError as error:
-        vars(report).update(vars(fresh))
-        why = str(error).split(". What was saved")[0]
-        report.notes.append(f"tokenised in memory: {why}. Make room for a cache there, or elsewhere by XDG_CACHE_HOME")
-        return tokenize(stream_rows(report, config.on_bad_rows), markup, report, **how)
+        advice = "Make room for a cache there, or elsewhere by XDG_CACHE_HOME"
+        rows = Returned(stream_rows(source.file, config.on_bad_rows))
+        parts = Returned(tokenized(rows, markup, source.file, **settings))
+        dataset = of_file(source.file, stack(parts))
+        note = f"tokenised in memory: {error.reason}. {advice}"
+        return dataset, put_together(rows.result, parts.result, describe(dataset), note)
 
 
-def without_repeats(dataset: Dataset, reports: Sequence[DataReport], remove: bool) -> Dataset:
-    """The examples, without those that repeat an earlier one to the token where they are to be removed.
-
-    The reports of the files get the numbers, each of the repeats that stand in it.
-    """
-    repeats = np.ones(len(dataset), bool)
-    repeats[np.unique(dataset.keys, return_index=True)[1]] = False
-    if not repeats.any():
-        return dataset
-    rest = dataset.subset(np.flatnonzero(~repeats)) if remove else dataset
-    for number, report in enumerate(reports):
-        found = int((repeats & (dataset.sources == number)).sum())
-        if remove:
-            report.dropped_repeats = found
-            count_again(rest.subset(np.flatnonzero(rest.sources == number)), report)
-        elif found:
-            report.notes.append(f"repeats of an earlier row, to the token: {found:,}")
-    return rest
+def first_of_repeats(dataset: Dataset) -> np.ndarray:
+    """Whether each example is the first with its tokens and mask. (examples,)"""
+    first = np.zeros(len(dataset), bool)
+    first[np.unique(dataset.keys, return_index=True)[1]] = True
+    return first
 
 
-def note_overlap(train_set: Dataset, eval_set: Dataset, reports: Sequence[DataReport]) -> None:
-    """Say in the reports of the training files how many of their rows the evaluation set holds too."""
-    shared = np.isin(train_set.keys, eval_set.keys)
-    for number, report in enumerate(reports):
-        if found := int((shared & (train_set.sources == number)).sum()):
-            report.notes.append(
-                f"rows that the evaluation set holds too, to the token: {found:,}; its loss will flatter"
-            )
+def repeat_notes(repeats: int) -> list[str]:
+    """What the header says of repeats that stay in a file."""
+    return [f"repeats of an earlier row, to the token: {repeats:,}"] if repeats else []
+
+
+def count_shared(train_set: Dataset, eval_set: Dataset, files: int) -> list[int]:
+    """How many rows of each training file the evaluation set holds too."""
+    return np.bincount(train_set.sources[np.isin(train_set.keys, eval_set.keys)], minlength=files).tolist()
 
 
 def parts_of(train_set: Dataset, weights: Sequence[float]) -> tuple[Part, ...]:

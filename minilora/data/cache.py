@@ -11,7 +11,7 @@ import os
 import resource
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +19,19 @@ from typing import Any, BinaryIO
 import tokenizers
 from tqdm import tqdm
 
-from minilora.data import dataset, rows
-from minilora.data.dataset import DTYPES, Columns, Dataset, FileColumn, describe, of_file, tokenized
+from minilora.data.dataset import (
+    DTYPES,
+    RENDER_VERSION,
+    Columns,
+    Dataset,
+    FileColumn,
+    describe,
+    of_file,
+    tokenized,
+)
+from minilora.data.formats import Row
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import DataReport
+from minilora.data.report import Cut, DataReport, Reading, Returned, put_together
 from minilora.data.rows import stream_rows
 from minilora.errors import DataError, StorageError
 from minilora.utils import files
@@ -48,57 +57,54 @@ def cache_folder() -> Path:
     return Path(asked if os.path.isabs(asked) else os.path.expanduser("~/.cache")) / "minilora" / "tokens"
 
 
-def cached(report: DataReport, markup: ChatMarkup, on_bad_rows: str, how: Mapping[str, Any]) -> Dataset:
-    """All examples of the file `report.file`, whose hash is known; how: the settings that `tokenized` takes.
+def cached(
+    file: str, sha256: str, markup: ChatMarkup, on_bad_rows: str, settings: Mapping[str, Any]
+) -> tuple[Dataset, DataReport]:
+    """All examples of a file whose hash is known, and its report; settings: those that `tokenized` takes.
 
-    `report` gets what happened to its lines. Raises DataError, as reading and tokenising do, and StorageError where
-    the cache cannot be written.
+    Raises DataError, as reading and tokenising do, and StorageError where the cache cannot be written.
     """
-    made_of = {"code": _code(), "file": report.sha256, "tokenizer": markup.sha256, "on_bad_rows": on_bad_rows, **how}
-    made_of["packed"] = report.file.endswith(".gz")
+    made_of = {"render_version": RENDER_VERSION, "tokenizers": tokenizers.__version__, "tokenizer": markup.sha256}
+    made_of |= {"file": sha256, "packed": file.endswith(".gz"), "on_bad_rows": on_bad_rows, **settings}
     place = cache_folder() / hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file has six columns, and there may be many files
-    if (found := _open(place, report)) is None:
+    if (found := _open(place, file)) is None:
         with _alone(place):  # of several processes one builds, the others wait for it
-            if (found := _open(place, report)) is None:
-                _build(place, report, tokenized(_progress(report, on_bad_rows), markup, report, **how))
-                found = _open(place, report)
+            if (found := _open(place, file)) is None:
+                rows = Returned(stream_rows(file, on_bad_rows))
+                parts = Returned(tokenized(_with_bar(rows, file), markup, file, **settings))
+                _build(place, file, sha256, rows, parts)
+                found = _open(place, file)
     if found is None:
         raise StorageError(f"{place} cannot be read back: the disk may be damaged")
     return found
 
 
-def _code() -> str:
-    """What turns a file into examples, as it is now: after a change of it old caches are not taken."""
-    sources = [Path(module.__file__ or "").read_bytes() for module in (rows, dataset)]
-    return hashlib.sha256(b"".join([tokenizers.__version__.encode(), *sources])).hexdigest()
-
-
-def _open(place: Path, report: DataReport) -> Dataset | None:
-    """What the cache in this folder holds; `report` gets what was told when it was made. None: it is not whole."""
+def _open(place: Path, file: str) -> tuple[Dataset, DataReport] | None:
+    """What the cache in this folder holds, under the file's present name. None: it is not whole."""
     try:
         content = json.loads(files.read_bytes(place / INDEX, MAX_INDEX_BYTES))
-        told, sums = content["report"], [_checksum(place / name) for name in Columns._fields]
-        if content != _index(told, sums):
+        saved, sums = content["report"], [_checksum(place / name) for name in Columns._fields]
+        if content != _index(saved, sums):
             return None
         columns = _columns(place)
-        before = told.pop("file")
-        told["bad"] = [report.file + reason.removeprefix(before) for reason in told["bad"]]
-        for name, value in told.items():
-            setattr(report, name, Counter(value) if name == "unread" else value)
+        before = saved.pop("file")
+        bad = tuple(file + reason.removeprefix(before) for reason in saved.pop("bad"))
+        unread, notes = Counter(saved.pop("unread")), tuple(saved.pop("notes"))
+        report = DataReport(file, bad=bad, unread=unread, notes=notes, **saved)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return of_file(report.file, columns)
+    return of_file(file, columns), report
 
 
 def _columns(folder: Path) -> Columns:
     return Columns(*(FileColumn(folder / name, dtype) for name, dtype in zip(Columns._fields, DTYPES, strict=True)))
 
 
-def _build(place: Path, report: DataReport, parts: Iterator[Columns]) -> None:
-    """Write a cache aside and move it into place when it is whole."""
-    expected, tokens = report.sha256, 0
+def _build(place: Path, file: str, sha256: str, rows: Returned[Row, Reading], parts: Returned[Columns, Cut]) -> None:
+    """Write a cache aside and move it into place when it is whole; `parts` are made of `rows`."""
+    tokens = 0
     if place.is_file():  # something else in its place
         with files.storage_errors(place):
             os.unlink(place)
@@ -111,9 +117,9 @@ def _build(place: Path, report: DataReport, parts: Iterator[Columns]) -> None:
                 tokens += len(part.ids)
             for out in outs:
                 _to_disk(out)
-        if report.sha256 != expected:
-            raise DataError(f"{report.file} was changed while it was read. Start again.")
-        describe(of_file(report.file, _columns(aside)), report)
+        if rows.result.sha256 != sha256:
+            raise DataError(f"{file} was changed while it was read. Start again.")
+        report = put_together(rows.result, parts.result, describe(of_file(file, _columns(aside))))
         index = _index(vars(report), [_checksum(aside / name) for name in Columns._fields])
         files.write_file(aside / INDEX, [json.dumps(index).encode()])  # escaped: names of fields may be no UTF-8
 
@@ -124,7 +130,7 @@ def _index(report: dict[str, Any], sums: list[int]) -> dict[str, Any]:
     return {"report": report, "checksum": zlib.crc32(text.encode())}
 
 
-def _uncollected(parts: Iterator[Columns]) -> Iterator[Columns]:
+def _uncollected(parts: Iterable[Columns]) -> Iterator[Columns]:
     """The parts, made without searching for cycles: there are none among millions of pieces of text."""
     before = gc.isenabled()
     gc.disable()
@@ -163,7 +169,6 @@ def _alone(place: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _progress(report: DataReport, on_bad_rows: str) -> Iterator[Any]:
-    """The rows of a file, with a bar where somebody looks."""
-    rows = stream_rows(report, on_bad_rows)
-    return iter(tqdm(rows, desc=f"tokenising {report.file}", unit=" rows", disable=None, leave=False))
+def _with_bar(rows: Iterable[Row], file: str) -> Iterable[Row]:
+    """The rows of a file, with a progress bar in a terminal."""
+    return tqdm(rows, desc=f"tokenising {file}", unit=" rows", disable=None, leave=False)

@@ -3,20 +3,24 @@
 import dataclasses
 import hashlib
 import itertools
+import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, SupportsIndex, cast, overload
 
 import numpy as np
 
 from minilora.data.formats import Row
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import MAX_PROBLEMS_SHOWN, DataReport
+from minilora.data.report import MAX_PROBLEMS_SHOWN, Cut, DataReport, Figures, Reading, Returned, put_together
 from minilora.errors import DataError
 
+# Part of the key of a cache. Raise it with every change after which the same file, tokenizer and settings give other
+# tokens, masks, columns, refused rows or figures in the report: in this module, formats, jsonl, rows, markup or report.
+RENDER_VERSION = 1
 IGNORE = -100  # PyTorch's ignore_index: positions with this label have no loss
 
 
@@ -99,8 +103,16 @@ class Dataset(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, index: Any) -> Any:
-        number = int(self.chosen[index])
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "Dataset": ...
+
+    def __getitem__(self, index: SupportsIndex | slice) -> "Example | Dataset":
+        if isinstance(index, slice):
+            return dataclasses.replace(self, chosen=self.chosen[index])
+        number = int(self.chosen[operator.index(index)])
         file = int(np.searchsorted(self._firsts, number, side="right")) - 1
         columns, place = self.columns[file], number - int(self._firsts[file])
         *start, end = columns.ends[max(0, place - 1) : place + 1].tolist()
@@ -200,36 +212,37 @@ def stack(parts: Iterable[Columns]) -> Columns:
 def tokenize(
     rows: Iterable[Row],
     markup: ChatMarkup,
-    report: DataReport,
+    reading: Reading,
     *,
     system_prompt: str,
     max_length: int,
     overlong: str,
     train_on_prompt: bool,
-) -> Dataset:
-    """Rows as examples of at most max_length tokens, in memory. `report` and what is raised: see `tokenized`."""
-    how: dict[str, Any] = {"system_prompt": system_prompt, "max_length": max_length, "overlong": overlong}
-    dataset = of_file(report.file, stack(tokenized(rows, markup, report, **how, train_on_prompt=train_on_prompt)))
-    describe(dataset, report)
-    return dataset
+) -> tuple[Dataset, DataReport]:
+    """Rows that were read as examples of at most max_length tokens, in memory. Raises what `tokenized` raises."""
+    settings: dict[str, Any] = {"system_prompt": system_prompt, "max_length": max_length, "overlong": overlong}
+    parts = Returned(tokenized(rows, markup, reading.file, **settings, train_on_prompt=train_on_prompt))
+    dataset = of_file(reading.file, stack(parts))
+    return dataset, put_together(reading, parts.result, describe(dataset))
 
 
 def tokenized(
     rows: Iterable[Row],
     markup: ChatMarkup,
-    report: DataReport,
+    file: str,
     *,
     system_prompt: str,
     max_length: int,
     overlong: str,
     train_on_prompt: bool,
-) -> Iterator[Columns]:
-    """Rows as examples of at most max_length tokens, some rows at a time; `report` counts what was cut.
+) -> Generator[Columns, None, Cut]:
+    """Rows of a file as examples of at most max_length tokens, some rows at a time; returns what was cut.
 
     A truncated answer never gets an end token. Tokens after the last supervised one cannot reach the loss and are not
     kept. At the end raises DataError for overlong = error with the lines that are too long, and when none is left.
     """
-    left, too_long, named = 0, 0, list[str]()
+    left = too_long = truncated = dropped_overlong = dropped_unsupervised = 0
+    named = list[str]()
     for part in _portions(rows):
         ids, supervised, lengths = markup.render([row.turns for row in part], system_prompt)
         lines = np.array([row.line for row in part])
@@ -243,19 +256,20 @@ def tokenized(
         dropped = long & (overlong == "drop")
         learns = np.logical_or.reduceat(within & (place > 0), starts)  # the first has nothing to be predicted from
         kept = learns & ~dropped
-        report.dropped_overlong += int(dropped.sum())
-        report.dropped_unsupervised += int((~learns & ~dropped).sum())
-        report.truncated += int((kept & long).sum())
+        dropped_overlong += int(dropped.sum())
+        dropped_unsupervised += int((~learns & ~dropped).sum())
+        truncated += int((kept & long).sum())
         left, too_long = left + int(kept.sum()), too_long + int(long.sum())
         for i in np.flatnonzero(long)[: MAX_PROBLEMS_SHOWN - len(named)]:
-            named.append(f"{report.file}:{lines[i]}: {whole[i]:,} tokens, more than max_length {max_length:,}")
+            named.append(f"{file}:{lines[i]}: {whole[i]:,} tokens, more than max_length {max_length:,}")
         taken = np.repeat(kept, lengths) & (place < np.repeat(cut, lengths))
         yield make_columns(ids[taken], supervised[taken], cut[kept], lines[kept])
     if too_long and overlong == "error":
         hint = "Raise --max_length, or choose --overlong truncate | drop"
         raise DataError("\n".join([*named, f"{too_long:,} rows. {hint}"]))
     if not left:
-        raise DataError(f"{report.file}: no example is left with max_length {max_length:,}; raise it.")
+        raise DataError(f"{file}: no example is left with max_length {max_length:,}; raise it.")
+    return Cut(truncated, dropped_overlong, dropped_unsupervised)
 
 
 def _portions(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -271,12 +285,12 @@ def _portions(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield part
 
 
-def describe(dataset: Dataset, report: DataReport) -> None:
-    """Put the figures of the examples that are kept into the report."""
+def describe(dataset: Dataset) -> Figures:
+    """The figures of the examples that are kept."""
     lengths = dataset.lengths
-    report.kept, report.tokens, report.supervised_tokens = len(dataset), int(lengths.sum()), int(dataset.counts.sum())
     p50, p95, top = np.percentile(lengths, [50, 95, 100], method="higher") if len(dataset) else (0, 0, 0)
-    report.lengths = {"p50": int(p50), "p95": int(p95), "max": int(top)}
+    percentiles = {"p50": int(p50), "p95": int(p95), "max": int(top)}
+    return Figures(len(dataset), percentiles, int(lengths.sum()), int(dataset.counts.sum()))
 
 
 def split(dataset: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset | None]:

@@ -12,6 +12,15 @@ FORMATS: dict[str, tuple[str, ...]] = {  # a file's rows all have the fields of 
     "prompt/completion": ("prompt", "completion"),
     "instruction/output": ("instruction", "output"),
 }
+_REMOVE = "Remove it, or leave such rows out."
+_THOUGHT = "Write it into the answer as <think>...</think>, or remove it."
+NOT_READ_YET = {  # fields that change what a row or a message means, and what the user can do about them
+    "history": "Write its turns into 'messages'.",
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHT),
+    **dict.fromkeys(("tools", "tool_calls", "functions", "function_call"), _REMOVE),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs"), _REMOVE),
+}
+LEARNED_OR_NOT = ("weight", "train", "loss")  # fields of a message: 1 (true) where it is learned, 0 (false) where not
 OPTIONAL: dict[str, tuple[str, ...]] = {"instruction/output": ("input",)}  # read where they are; `system` everywhere
 
 
@@ -48,7 +57,8 @@ def detect_format(row: dict[str, Any]) -> str:
 
 
 def to_turns(row: dict[str, Any], format: str) -> tuple[Turn, ...]:
-    """A row's conversation. Raises ValueError with the reason when it is not one."""
+    """A row's conversation. Raises ValueError with the reason when it is not one, or means more than its texts."""
+    _check_meaning(row)
     system = _text(row, "system", optional=True)
     if format == "messages":
         turns = list(_messages(row["messages"]) if "messages" in row else _missing("messages"))
@@ -60,6 +70,14 @@ def to_turns(row: dict[str, Any], format: str) -> tuple[Turn, ...]:
         asked, extra = _text(row, "instruction"), _text(row, "input", optional=True)
         turns = [Turn("user", f"{asked}\n{extra}" if extra else asked), Turn("assistant", _text(row, "output"))]
     return (Turn("system", system), *turns) if system else tuple(turns)
+
+
+def _check_meaning(fields: dict[str, Any]) -> None:
+    """Raise ValueError for a field of a row or a message that would change its meaning, and is not empty."""
+    for key, advice in NOT_READ_YET.items():
+        value = fields.get(key)
+        if value and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")):
+            raise ValueError(f"the field {key!r} changes what this row means and is not read yet. {advice}")
 
 
 def _text(row: dict[str, Any], key: str, optional: bool = False) -> str:
@@ -95,6 +113,10 @@ def _messages(messages: Any) -> Iterator[Turn]:
         if role == "system" and number > 1:
             raise ValueError(f"message {number} is a system turn; only the first may be one")
         try:
+            _check_meaning(message)
+            for key in LEARNED_OR_NOT:
+                if message.get(key) not in (None, "", int(role == "assistant")):
+                    raise ValueError(f"the field {key!r} changes what is learned and is not read yet. {_REMOVE}")
             yield Turn(role, _text(message, "content"))
         except ValueError as error:
             raise ValueError(f"message {number}: {error}") from None

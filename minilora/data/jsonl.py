@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import stat
 import zlib
 from collections import Counter
@@ -12,14 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minilora.data.binary import binary_file
 from minilora.errors import DataError
 
 MAX_LINE_BYTES = 16 * 2**20
-UTF16 = {  # how a file in one of these encodings begins: by its byte order mark, or an opening bracket
-    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
-    "UTF-16LE": (b"{\0", b"[\0"),
-    "UTF-16BE": (b"\0{", b"\0["),
-}
 
 
 # ---------------------------------------------------------------------------------------- bytes -> rows
@@ -43,6 +40,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                     rest = file.readline(2**20)
                 if not line:
                     return
+                if number == 1 and (mistake := binary_file(str(path), line)):
+                    raise DataError(mistake)
                 if number == 1 and len(line) <= MAX_LINE_BYTES:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
@@ -51,7 +50,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
         hint = "Copy it again if it is cut or damaged; if it is not packed, its name must not end in .gz."
         raise DataError(f"{path} cannot be read: {str(error).rstrip('.')}. {hint}") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        several = f"{os.fspath(path)!r} may mean several files: give one." if re.search(r"[*?\[,]", str(path)) else ""
+        raise DataError(f"{path} cannot be read: {error.strerror}. {several}".rstrip()) from error
 
 
 def file_sha256(path: str | Path) -> str:
@@ -63,6 +63,14 @@ def file_sha256(path: str | Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
+class NotUtf8(ValueError):
+    """A line in another encoding."""
+
+
+class NotJson(ValueError):
+    """A line that is no JSON value."""
+
+
 def parse_line(line: bytes) -> dict[str, Any]:
     """One line of JSON as an object. Raises ValueError with the reason, for anything that is not exactly that."""
     if len(line) > MAX_LINE_BYTES:
@@ -70,11 +78,11 @@ def parse_line(line: bytes) -> dict[str, Any]:
     try:
         text = line.decode("utf-8").rstrip("\r\n")  # the column of an error counts from the line
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})") from error
+        raise NotUtf8(f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})") from error
     try:
         row = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not one JSON value: {error.msg} (column {error.colno})") from error
+        raise NotJson(f"not one JSON value: {error.msg} (column {error.colno})") from error
     except RecursionError:
         raise ValueError("not readable JSON: nested too deeply") from None
     if not isinstance(row, dict):

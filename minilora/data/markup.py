@@ -63,6 +63,10 @@ class ChatMarkup:
         pieces = self._pieces(turns, system_prompt)
         return [i for ids in self._ids(pieces) for i in ids] + self.openings["assistant"]
 
+    def texts(self, turns: Sequence[Turn]) -> list[str]:
+        """What of a conversation is encoded as text: all but the control tokens, and what the template leaves out."""
+        return [piece.text for piece in self._pieces(turns, "") if piece.text is not None]
+
     def render(self, rows: Sequence[Sequence[Turn]], system_prompt: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Conversations end to end: (ids, supervised, lengths); (tokens,) int32, (tokens,) bool, (rows,) int64."""
         pieces_of = [self._pieces(turns, system_prompt) for turns in rows]

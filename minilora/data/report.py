@@ -1,16 +1,67 @@
 """What happened to the rows of a file, and how the header says it."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 MAX_PROBLEMS_SHOWN = 50
 
 
-@dataclass
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Returned(Generic[Item, Result]):
+    """The items of a generator; `result` is what it returned, once all of them are taken."""
+
+    result: Result
+
+    def __init__(self, items: Generator[Item, None, Result]) -> None:
+        self._items = items
+
+    def __iter__(self) -> Iterator[Item]:
+        self.result = yield from self._items
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reading found in a file (`rows.stream_rows`)."""
+
+    file: str
+    sha256: str
+    format: str
+    format_line: int
+    rows: int
+    bad: tuple[str, ...]
+    unread: Counter[str]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many rows tokenising cut or dropped (`dataset.tokenized`)."""
+
+    truncated: int
+    dropped_overlong: int
+    dropped_unsupervised: int
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The size of the examples that are kept (`dataset.describe`)."""
+
+    kept: int
+    lengths: dict[str, int]
+    tokens: int
+    supervised_tokens: int
+
+
+@dataclass(frozen=True)
 class DataReport:
-    """What happened to the lines of a file on their way to examples."""
+    """What happened to the lines of a file on their way to examples: its Reading, Cut and Figures, put together.
+
+    `build.make_sets` adds the repeats and the notes.
+    """
 
     file: str
     sha256: str = ""
@@ -18,7 +69,7 @@ class DataReport:
     format_line: int = 0  # the line that fixed the format
     rows: int = 0
     kept: int = 0
-    bad: list[str] = field(default_factory=list)  # "file:line: reason"
+    bad: tuple[str, ...] = ()  # "file:line: reason"
     unread: Counter[str] = field(default_factory=Counter)  # rows that have a field which no format reads
     truncated: int = 0  # of those kept
     dropped_overlong: int = 0
@@ -27,7 +78,12 @@ class DataReport:
     lengths: dict[str, int] = field(default_factory=dict)  # p50, p95, max, in tokens
     tokens: int = 0
     supervised_tokens: int = 0
-    notes: list[str] = field(default_factory=list)  # what else is to be said of it
+    notes: tuple[str, ...] = ()  # what else the header says of the file
+
+
+def put_together(reading: Reading, cut: Cut, figures: Figures, *notes: str) -> DataReport:
+    """The report of a file whose examples are made."""
+    return DataReport(**vars(reading), **vars(cut), **vars(figures), notes=notes)
 
 
 def data_record(report: DataReport) -> dict[str, Any]:
@@ -51,11 +107,12 @@ def describe_data(report: DataReport) -> Iterable[str]:
         f"; {report.truncated:,} rows truncated" if report.truncated else ""
     )
     if report.unread:
-        yield f"fields not read: {_rows_by_name(report.unread)}"
+        yield f"fields not read: {rows_by_name(report.unread)}"
     yield from report.notes
 
 
-def _rows_by_name(counts: Counter[str], most: int = 8) -> str:
+def rows_by_name(counts: Counter[str], most: int = 8) -> str:
+    """Fields and the number of rows that have them, the most frequent first."""
     names = sorted(counts, key=lambda name: (-counts[name], name))
     shown = [
         f"{name[:40] if name.isprintable() else repr(name[:40])} ({counts[name]:,} row{'s' * (counts[name] > 1)})"

@@ -1,99 +1,72 @@
 """Reads the rows of a file and collects what is wrong with them."""
 
-import re
-import shlex
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from minilora.data.formats import FORMATS, OPTIONAL, Row, detect_format, to_turns
-from minilora.data.jsonl import UTF16, file_sha256, parse_line, read_lines
-from minilora.data.report import MAX_PROBLEMS_SHOWN, DataReport
+from minilora.data.formats import FORMATS, OPTIONAL, Row, Turn, detect_format, to_turns
+from minilora.data.jsonl import file_sha256, parse_line, read_lines
+from minilora.data.report import MAX_PROBLEMS_SHOWN, Reading, Returned
+from minilora.data.whole_file import whole_file_mistake
 from minilora.errors import DataError
 
 
-def read_rows(path: str | Path, on_bad_rows: str = "error") -> tuple[list[Row], DataReport]:
+def read_rows(path: str | Path, on_bad_rows: str = "error") -> tuple[list[Row], Reading]:
     """All rows of a JSONL file, and what happened to its lines. Raises what `stream_rows` raises."""
-    report = DataReport(str(path))
-    return list(stream_rows(report, on_bad_rows)), report
+    rows = Returned(stream_rows(str(path), on_bad_rows))
+    return list(rows), rows.result
 
 
-def stream_rows(report: DataReport, on_bad_rows: str) -> Iterator[Row]:
-    """The rows of the JSONL file `report.file`, one after the other. Its format is that of its first readable row.
+def stream_rows(path: str, on_bad_rows: str) -> Generator[Row, None, Reading]:
+    """The rows of a JSONL file, one after the other. Its format is that of its first readable row.
 
     When all are read, raises DataError that lists every bad line with its number and reason (or, with on_bad_rows =
     skip, only when there was no good row).
     """
-    path, good, first = report.file, 0, b""
+    good, bad, unread = 0, list[str](), Counter[str]()
+    format, format_line = "", 0
     for number, line in read_lines(path):
-        report.rows += 1
-        first = first or line
         try:
-            row = _row(number, parse_line(line), report)
+            fields = parse_line(line)
+            if not format:
+                format, format_line = detect_format(fields), number
+            row = Row(number, _turns(fields, format, format_line))
         except ValueError as error:
-            report.bad.append(f"{path}:{number}: {error}")
+            bad.append(f"{path}:{number}: {error}")
         else:
             good += 1
+            unread.update(_unread(fields, format))
             yield row
-    if len(report.bad) > good and (mistake := _whole_file_mistake(report, first)):
+    total = good + len(bad)
+    if mistake := whole_file_mistake(path, len(bad), good):
         raise DataError(mistake)
-    if report.bad and on_bad_rows == "error":
-        shown = report.bad[:MAX_PROBLEMS_SHOWN]
-        more = [f"... and {len(report.bad) - len(shown):,} more"] if len(report.bad) > len(shown) else []
-        hint = f"{len(report.bad):,} of {report.rows:,} rows are bad. Mend them, or leave them out: --on_bad_rows skip"
-        hint = hint if good else f"all {report.rows:,} rows are bad. Mend them."
-        raise DataError("\n".join([*shown, *more, hint]))
+    if bad and on_bad_rows == "error":
+        more = [f"... and {len(bad) - MAX_PROBLEMS_SHOWN:,} more"] if len(bad) > MAX_PROBLEMS_SHOWN else []
+        hint = f"{len(bad):,} of {total:,} rows are bad. Mend them, or leave them out: --on_bad_rows skip"
+        hint = hint if good else f"all {total:,} rows are bad. Mend them."
+        raise DataError("\n".join([*bad[:MAX_PROBLEMS_SHOWN], *more, hint]))
     if not good:
-        why = f"all {report.rows:,} rows are bad, the first: {report.bad[0]}" if report.bad else "it holds no rows"
+        why = f"all {total:,} rows are bad, the first: {bad[0]}" if bad else "it holds no rows"
         raise DataError(f"{path}: nothing to read: {why}.")
-    report.sha256 = file_sha256(path)
+    return Reading(path, file_sha256(path), format, format_line, total, tuple(bad), unread)
 
 
-def _row(number: int, row: dict[str, Any], report: DataReport) -> Row:
-    """A row in the file's format, which its first readable row fixes; counts the fields that are not read."""
-    if not report.format:
-        report.format, report.format_line = detect_format(row), number
-    known = FORMATS[report.format]
+def _turns(row: dict[str, Any], format: str, format_line: int) -> tuple[Turn, ...]:
+    """A row's conversation in the file's format, which the row of `format_line` fixed."""
     try:
-        turns = to_turns(row, report.format)
+        return to_turns(row, format)
     except ValueError as error:
         others = [name for name, needed in FORMATS.items() if all(key in row for key in needed)]
-        if not others or all(key in row for key in known):
+        if not others or all(key in row for key in FORMATS[format]):
             raise
-        fixed = f"line {report.format_line} made this a file of {report.format}, this row is of {others[0]}"
+        fixed = f"line {format_line} made this a file of {format}, this row is of {others[0]}"
         raise ValueError(f"{error}: {fixed}") from None
-    unread = row.keys() - {"system", *known, *OPTIONAL.get(report.format, ())}
-    for message in row["messages"] if report.format == "messages" else ():
+
+
+def _unread(row: dict[str, Any], format: str) -> set[str]:
+    """The fields of a row that are not read."""
+    unread = row.keys() - {"system", *FORMATS[format], *OPTIONAL.get(format, ())}
+    for message in row["messages"] if format == "messages" else ():
         unread |= {f"messages: {key}" for key in message.keys() - {"role", "content"}}
-    report.unread.update(unread)
-    return Row(number, turns)
-
-
-def _whole_file_mistake(report: DataReport, first: bytes) -> str:
-    """What is wrong with a file most of whose rows are bad, and a command that mends it; empty for lines of their own.
-
-    first: its first line, the only one that tells an array, a table or UTF-16 from a file of bad rows.
-    """
-    path, text = report.file, first.strip()
-    unpack = f"gunzip -k {shlex.quote(path)} && " if path.endswith(".gz") else ""
-    mend = f"{shlex.quote(path.removesuffix('.gz'))} > new.jsonl converts it"
-    for name, starts in UTF16.items():
-        if first.startswith(starts):
-            return f"{path}: this is {name}, UTF-8 is needed: {unpack}iconv -f {name} -t UTF-8 {mend}"
-    not_utf8 = sum(": not UTF-8 (" in reason for reason in report.bad)
-    encoding = "gb18030" if 2 * not_utf8 > len(report.bad) else "utf-8-sig"
-    opened = f'open(sys.argv[1], newline="", encoding="{encoding}")'
-    script = "import csv, json, sys; [print(json.dumps(row)) for row in %s]"
-    if re.match(rb"\[\s*(\{|$)", text):
-        command = "python -c " + shlex.quote(script % f"json.load({opened})")
-        return f"{path}: this is a JSON array, one object a line is needed: {unpack}{command} {mend}"
-    columns = [name.strip(b" \"'").decode(errors="replace") for name in re.split(rb"[,;\t]", text)]
-    if {key for needed in FORMATS.values() for key in needed} & set(columns):
-        delimiter = next(mark for mark in "\t;," if mark.encode() in text or mark == ",")
-        command = "python -c " + shlex.quote(script % f"csv.DictReader({opened}, delimiter={delimiter!r})")
-        return f"{path}: this is a table (CSV), one JSON object a line is needed: {unpack}{command} {mend}"
-    if text == b"{":
-        return f"{path}: its objects take several lines each, one object a line is needed: {unpack}jq -c . {mend}"
-    if encoding == "gb18030":
-        return f"{report.bad[0]}; UTF-8 is needed. Where the file is GBK: {unpack}iconv -f GB18030 -t UTF-8 {mend}"
-    return ""
+    return unread

@@ -10,6 +10,7 @@ from typing import Any
 from minilora.data.formats import Turn, to_turns
 from minilora.data.jsonl import parse_line, read_lines
 from minilora.data.report import MAX_PROBLEMS_SHOWN
+from minilora.data.whole_file import whole_file_mistake
 from minilora.errors import DataError, StorageError
 from minilora.inference.generate import ChatModel, Sampling, answer_all, prompt_ids
 from minilora.utils import files
@@ -40,6 +41,8 @@ def read_questions(path: Path) -> list[PromptRow]:
             questions.append(PromptRow(number, line.decode("utf-8").strip(), to_question(row)))
         except ValueError as error:
             bad.append(f"{path}:{number}: {error}")
+    if mistake := whole_file_mistake(str(path), len(bad), len(questions)):
+        raise DataError(mistake)
     if bad:
         more = [f"... and {len(bad) - MAX_PROBLEMS_SHOWN:,} more"] if len(bad) > MAX_PROBLEMS_SHOWN else []
         total = len(bad) + len(questions)

@@ -81,14 +81,14 @@ def evaluate(request: Request) -> Evaluation:
 
     The file is read, and the merged folder looked for, before a model is loaded.
     """
-    rows, report = read_rows(os.path.expanduser(request.eval_file), request.on_bad_rows)
+    rows, reading = read_rows(os.path.expanduser(request.eval_file), request.on_bad_rows)
     rows = rows[: request.max_rows or None]
     merged = find_model(request.merged) if request.merged else None
     chat_model = _chat_model(request)
-    dataset = tokenize(
+    dataset, report = tokenize(
         rows,
         chat_model.markup,
-        report,
+        reading,
         system_prompt=chat_model.system_prompt,
         max_length=request.max_length,
         overlong="truncate",

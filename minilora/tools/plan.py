@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,7 +23,42 @@ from minilora.training.setup import longest_allowed, schedule_of
 from minilora.utils.device import device_name, free_bytes, gib, memory_bytes, pick_device, pick_dtype
 from minilora.utils.terminal import say
 
-CARDS_GIB = {"RTX 3060": 12, "RTX 4080": 16, "RTX 4090": 24, "RTX 5090": 32, "A100": 80, "H100": 80, "H200": 141}
+CARDS_WITHOUT_BF16 = {  # those before NVIDIA's Ampere generation; GiB, the most common size first
+    "GTX {}": "1050 Ti 4, 1060 6/3, 1070 8, 1070 Ti 8, 1080 8, 1080 Ti 11, 1650 4, 1650 Super 4, 1660 6, 1660 Super 6, "
+    "1660 Ti 6",
+    "GTX {} Laptop": "1650 4, 1660 Ti 6",
+    "RTX {}": "2060 6/12, 2060 Super 8, 2070 8, 2070 Super 8, 2080 8, 2080 Super 8, 2080 Ti 11",
+    "RTX {} Laptop": "2060 6, 2070 8, 2070 Super 8, 2080 8, 2080 Super 8",
+    "Quadro RTX {}": "4000 8, 5000 16, 6000 24, 8000 48",
+    "{}": "Titan V 12, Titan RTX 24, P4 8, P40 24, P100 16/12, T4 16, V100 16/32",
+}
+CARDS_WITH_BF16 = {
+    "RTX {}": "3050 8/6, 3060 12/8, 3060 Ti 8, 3070 8, 3070 Ti 8, 3080 10/12, 3080 Ti 12, 3090 24, 3090 Ti 24, 4060 8, "
+    "4060 Ti 8/16, 4070 12, 4070 Super 12, 4070 Ti 12, 4070 Ti Super 16, 4080 16, 4080 Super 16, 4090 24, "
+    "4090 D 24, 5050 8, 5060 8, 5060 Ti 8/16, 5070 12, 5070 Ti 16, 5080 16, 5090 32, 5090 D 32",
+    "RTX {} Laptop": "3050 4/6, 3050 Ti 4, 3060 6, 3070 8, 3070 Ti 8, 3080 8/16, 3080 Ti 16, 4050 6, 4060 8, 4070 8, "
+    "4080 12, 4090 16, 5050 8, 5060 8, 5070 8, 5070 Ti 12, 5080 16, 5090 24",
+    "RTX A{}": "2000 6/12, 4000 16, 4500 20, 5000 24, 5500 24, 6000 48",
+    "RTX {} Ada": "2000 16, 4000 20, 4500 24, 5000 32, 6000 48",
+    "RTX PRO {}": "2000 16, 4000 24, 4500 32, 5000 48/72, 6000 96",
+    "{}": "A2 16, A10 24, A10G 24, A16 16, A30 24, A40 48, A100 80/40, A800 80/40, L4 24, L20 48, L40 48, L40S 48, "
+    "H20 96/141, H100 80/94, H800 80, H200 141, B200 180",
+}
+
+
+def _sizes(table: dict[str, str]) -> dict[str, tuple[int, ...]]:
+    """GiB by the full name of each card."""
+    entries = [(form, *part.rpartition(" ")) for form, text in table.items() for part in text.split(", ")]
+    return {form.format(name): tuple(map(int, sizes.split("/"))) for form, name, _, sizes in entries}
+
+
+WITHOUT_BF16 = _sizes(CARDS_WITHOUT_BF16)
+CARDS_GIB = WITHOUT_BF16 | _sizes(CARDS_WITH_BF16)
+GIB_RANGE = (1, 300)
+NOT_OF_THE_NAME = (  # words that a driver puts around the name
+    r"nvidia|geforce|tesla|graphics|card|gpu|generation|edition|workstation|server|with|design|blackwell( max-q)?|pcie"
+    r"|nvl|sxm\d?|hbm\d?e?"
+)
 BUDGETS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 COUNTED_TOKENS = {"cpu": (768, 1536), "cuda": (2048, 4096)}  # chunks of logits are full there; on a CPU more takes long
 COUNTED_LENGTH = 256  # of a row; shorter ones take the same memory, and on a CPU longer to count
@@ -57,7 +93,7 @@ def plan(config: TrainConfig, card: str | None) -> None:
         )
     if config.fsdp:
         raise ConfigError("plan predicts one device, and fsdp has several: leave that key out; see docs/scaling.md.")
-    place = on_card(config, card) if card else here(config)
+    place = here(config) if card is None else on_card(config, card)
     base_folder = find_model(config.model)
     sets, about_rows = rows_of(config)
     dataset, schedule = sets.train, schedule_of(config, sets)
@@ -82,6 +118,8 @@ def plan(config: TrainConfig, card: str | None) -> None:
     say("", f"the largest has {num_tokens:,} tokens of {count:,} example{'s' * (count != 1)}")
     if choice.checkpointing:
         say("", "activations are computed again in the backward pass")
+    if config.torch_compile:
+        say("", "torch_compile is not counted: the figures are those of a run without it")
     say("place", f"{place.name}, {gib(place.usable)} usable")
     print(f"\n{parts_table(choice.memory, config.method, place)}\n", flush=True)
     cells = grid(setup, dataset, schedule)
@@ -100,15 +138,45 @@ def here(config: TrainConfig) -> Place:
 
 def on_card(config: TrainConfig, card: str) -> Place:
     """A card by its name or its GiB. Raises ConfigError."""
-    sizes = {name.lower(): size for name, size in CARDS_GIB.items()}
-    digits = card.lower().strip().removesuffix("gib").removesuffix("gb").strip()
-    size = sizes.get(card.lower().strip()) or (int(digits) if digits.isdecimal() and len(digits) < 5 else 0)
-    if not size:
-        known = ", ".join(CARDS_GIB)
-        raise ConfigError(f"--card {card!r} is none of {known}, and no number of GiB.{nearest(card, CARDS_GIB)}")
-    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    name = f"a card of {size} GiB" if digits.isdecimal() else f"{card} ({size} GiB)"
-    return Place(f"{name}: not measured", "cuda", dtype, 0.0, size * 2**30 * USABLE)
+    name, size = find_card(card)
+    sizes = CARDS_GIB.get(name, ())
+    others = "".join(f"; with {other}: --card '{name} {other}GB'" for other in sizes if size == sizes[0] != other)
+    shown = f"{name} ({size:g} GiB{others})" if name else f"a card of {size:g} GiB"
+    without_bf16 = config.dtype == "auto" and name in WITHOUT_BF16
+    dtype = torch.float32 if without_bf16 or config.dtype == "float32" else torch.bfloat16
+    return Place(f"{shown}: not measured", "cuda", dtype, 0.0, size * 2**30 * USABLE)
+
+
+def find_card(card: str) -> tuple[str, float]:
+    """(the name in CARDS_GIB or nothing, GiB) of what a user or a driver calls a card. Raises ConfigError."""
+    names = {card_key(name): name for name in CARDS_GIB}
+    names |= {re.sub("^[gr]tx", "", key): name for key, name in names.items()}
+    if name := names.get(card_key(card)):
+        return name, CARDS_GIB[name][0]
+    unknown, text = f"--card {card!r} is not known.", card.lower().strip()
+    size = re.search(r"(?:^|[\s-])(\d+(?:\.\d+)?)\s*(?:g|gb|gib)\b|(?:^|\s)(\d+(?:\.\d+)?)$", text)
+    if size:
+        number, rest = float(size[1] or size[2]), f"{text[: size.start()]} {text[size.end() :]}"
+        name = names.get(card_key(rest))
+        if name and number in CARDS_GIB[name]:
+            return name, number
+        if name:
+            possible = " or ".join(map(str, CARDS_GIB[name]))
+            alone = f"For another size, give the number of GiB alone: --card {number:g}."
+            raise ConfigError(f"{unknown} {name} has {possible} GiB. {alone}")
+        if not rest.strip() and GIB_RANGE[0] <= number <= GIB_RANGE[1]:
+            return "", number
+    raise ConfigError(
+        f"{unknown} Give the memory of the card in GiB, {GIB_RANGE[0]} to {GIB_RANGE[1]} (--card 24), or a name such "
+        f"as RTX 4060 or A100 40GB.{nearest(card, CARDS_GIB)}"
+    )
+
+
+def card_key(name: str) -> str:
+    """The letters and digits that tell one card from another."""
+    name = re.sub(rf"\b({NOT_OF_THE_NAME})\b", " ", name.lower())
+    name = re.sub(r"mobile|notebook|max-q", "laptop", name)
+    return "".join(filter(str.isalnum, name))
 
 
 def rows_of(config: TrainConfig) -> tuple[Sets, str]:
@@ -122,7 +190,7 @@ def rows_of(config: TrainConfig) -> tuple[Sets, str]:
         dataset = of_file(missing[0], make_columns(ids, supervised, lengths, np.arange(count)))
         said = f"there is no {missing[0]}: all are taken to have {longest:,} tokens, half supervised"
         return Sets(dataset, None, (), []), said
-    read = read_sources(dataclasses.replace(config, eval_file=None, eval_samples=0))
+    read = read_sources(dataclasses.replace(config, eval_file=None, eval_samples=0, early_stopping_patience=0))
     sets = make_sets(config, read, ChatMarkup(load_tokenizer(base_folder)), longest)
     lengths = sets.train.lengths
     return sets, (

@@ -1,7 +1,7 @@
 """`minilora preview`: rows as the model will see them, and what a file of them holds; no weights are loaded."""
 
-import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,7 +15,7 @@ from minilora.data.dataset import IGNORE, Dataset, tokenize
 from minilora.data.formats import Row
 from minilora.data.jsonl import MAX_LINE_BYTES
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import DataReport
+from minilora.data.report import DataReport, rows_by_name
 from minilora.data.rows import read_rows
 from minilora.models.load import find_model, load_tokenizer
 from minilora.tools.inspect import token_text, visible
@@ -52,7 +52,8 @@ class Statistics:
     file: str
     format: str
     rows: int
-    bad: list[str]  # "file:line: reason"
+    bad: tuple[str, ...]  # "file:line: reason"
+    unread: Counter[str]  # rows that have a field which no format reads
     dropped: dict[str, list[int]]  # by reason
     kept: int
     truncated: list[int]
@@ -110,15 +111,14 @@ def preview(path: str, config: TrainConfig, num_rows: int, from_line: int) -> Pr
 
 def read(path: str, config: TrainConfig, notes: list[str]) -> Material:
     """Everything that is looked at; `notes` tells where the model limits max_length."""
-    rows, report = read_rows(path, "skip")
+    rows, reading = read_rows(path, "skip")
     base_folder = find_model(config.model)
     tokenizer = load_tokenizer(base_folder)
     markup = ChatMarkup(tokenizer)
     longest = longest_allowed(config, base_folder, notes)
-    how: dict[str, Any] = {"system_prompt": config.system_prompt, "train_on_prompt": config.train_on_prompt}
-    copy = dataclasses.replace(report)  # the figures are those of what a run takes
-    whole = tokenize(rows, markup, copy, max_length=NO_LIMIT, overlong="truncate", **how)
-    dataset = tokenize(rows, markup, report, max_length=longest, overlong=config.overlong, **how)
+    settings: dict[str, Any] = {"system_prompt": config.system_prompt, "train_on_prompt": config.train_on_prompt}
+    whole, _ = tokenize(rows, markup, reading, max_length=NO_LIMIT, overlong="truncate", **settings)
+    dataset, report = tokenize(rows, markup, reading, max_length=longest, overlong=config.overlong, **settings)
     return Material(config, rows, report, tokenizer, markup, longest, whole, dataset)
 
 
@@ -172,6 +172,7 @@ def statistics(material: Material) -> Statistics:
         format=material.report.format,
         rows=material.report.rows,
         bad=material.report.bad,
+        unread=material.report.unread,
         dropped=dropped,
         kept=len(dataset),
         truncated=dataset.lines[dataset.lengths < lengths[kept]].tolist(),
@@ -189,7 +190,7 @@ def statistics(material: Material) -> Statistics:
         not_ended=dataset.lines[~ended(dataset, material.markup)].tolist(),
         copies=copies,
         contradictions=contradictions,
-        spelled=[row.line for row in material.rows if any(spelling.search(turn.content) for turn in row.turns)],
+        spelled=[row.line for row in material.rows if any(map(spelling.search, material.markup.texts(row.turns)))],
     )
 
 
@@ -276,6 +277,8 @@ def facts(found: Statistics) -> Iterator[tuple[str, str]]:
         yield "  bad", line
     if found.bad:
         yield "  bad", f"{len(found.bad):,} in all: without --on_bad_rows skip training refuses the file"
+    if found.unread:
+        yield "  unread", f"fields not read: {rows_by_name(found.unread)}"
     for why, lines in found.dropped.items():
         yield "  dropped", f"{_rows(lines)}: {why}"
     lengths = " / ".join(f"{found.lengths[key]:,}" for key in ("min", "median", "mean", "p95", "max"))

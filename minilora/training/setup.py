@@ -2,6 +2,7 @@
 
 import dataclasses
 import reprlib
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
     world.broadcast_from_main([*checkpoint.trainable(model).values(), *checkpoint.starts(model).values()])
     kept_step = state.step if resumed_from else -1
     description = dataclasses.asdict(identity) | {"device": device_name(device), "dtype": str(dtype)}
-    description["data"] = [data_record(report) for report in sources.reports]
+    description["data"] = [data_record(report) for report in sets.reports]
     run = Run(
         config=config,
         folder=folder,
@@ -110,7 +111,7 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
     )
     world.advice = f" Go on with: {run.resume_command}"
     if header and world.main:
-        _header(run, sources.reports, [*notes, *choice.notes])
+        _header(run, sets.reports, [*notes, *choice.notes])
     return run
 
 
@@ -251,7 +252,7 @@ def _predicted_peak(choice: Choice, device: torch.device, before_loading: int) -
     return max(peak_memory_bytes(device), round(choice.memory.peak(device.type, before_loading)))
 
 
-def _header(run: Run, reports: list[DataReport], notes: list[str]) -> None:
+def _header(run: Run, reports: Sequence[DataReport], notes: list[str]) -> None:
     config, schedule = run.config, run.schedule
     trained, total = parameter_counts(run.model)
     say("run", str(run.folder))

@@ -51,7 +51,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         where = error.filename or path
-        raise StorageError(f"{where}: cannot be written: {error.strerror}. What was saved before is intact.") from error
+        reason = f"{where}: cannot be written: {error.strerror}"
+        raise StorageError(f"{reason}. What was saved before is intact.", reason) from error
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:

@@ -2,6 +2,7 @@
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -22,12 +23,12 @@ from minilora.data import cache, dataset
 from minilora.data.dataset import Columns, FileColumn, tokenize
 from minilora.data.jsonl import file_sha256
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import DataReport
 from minilora.data.rows import read_rows
-from minilora.errors import ConfigError, DataError
+from minilora.errors import ConfigError, DataError, StorageError
 from minilora.models import load as loading
 from minilora.training.setup import prepare
 from minilora.training.signals import StopRequest
+from minilora.utils import files
 
 pytestmark = pytest.mark.usefixtures("bare_run", "place")
 HOW = {"system_prompt": "Be brief.", "max_length": 40, "overlong": "truncate", "train_on_prompt": False}
@@ -59,13 +60,12 @@ def rows(tmp_path):
 
 
 def open_cache(path, markup, **how):
-    report = DataReport(str(path), sha256=file_sha256(path))
-    return cache.cached(report, markup, "skip", HOW | how), report
+    return cache.cached(str(path), file_sha256(path), markup, "skip", HOW | how)
 
 
 def in_memory(path, markup, **how):
-    rows, report = read_rows(path, "skip")
-    return tokenize(rows, markup, report, **HOW | how), report
+    rows, reading = read_rows(path, "skip")
+    return tokenize(rows, markup, reading, **HOW | how)
 
 
 def assert_same(found, expected):
@@ -179,11 +179,35 @@ def test_a_figure_that_was_changed_in_a_cache_is_seen(rows, markup, place):
     assert_same(open_cache(rows, markup), expected)
 
 
-def test_another_code_makes_another_cache(rows, markup, place, monkeypatch):
+@pytest.mark.parametrize("name", ["RENDER_VERSION", "tokenizers.__version__"])
+def test_a_cache_of_another_version_is_not_taken(name, rows, markup, place, monkeypatch):
     open_cache(rows, markup)
-    monkeypatch.setattr(cache, "_code", lambda: "of tomorrow")
+    monkeypatch.setattr(f"minilora.data.cache.{name}", 0)
     open_cache(rows, markup)
     assert len(folders(place)) == 2
+
+
+def test_a_cache_does_not_depend_on_the_text_of_the_code(rows, markup, place, monkeypatch, tmp_path):
+    """A changed comment once made every cache useless; only RENDER_VERSION decides."""
+    open_cache(rows, markup)
+    (tmp_path / "other.py").write_text("# another comment")
+    for name in ("rows", "dataset", "markup", "formats"):
+        monkeypatch.setattr(f"minilora.data.{name}.__file__", str(tmp_path / "other.py"))
+    monkeypatch.setattr(cache, "tokenized", no_tokenising)
+    open_cache(rows, markup)
+
+
+# The digest of what this version makes of the demo's rows.
+RENDERED = {1: "051124e79cb1c8e3"}
+
+
+def test_another_rendering_has_another_version(markup):
+    """After a change on purpose: raise RENDER_VERSION, put the new digest here."""
+    found = hashlib.sha256()
+    for path in (demo.TRAIN_FILE, demo.EVAL_FILE):
+        for column in in_memory(path, markup)[0].columns[0]:
+            found.update(column.tobytes())
+    assert {dataset.RENDER_VERSION: found.hexdigest()[:16]} == RENDERED
 
 
 def test_a_cache_is_its_owners(rows, markup, place):
@@ -201,12 +225,31 @@ def test_what_the_system_refuses_makes_memory_do(where, make_config, markup, mon
     else:
         monkeypatch.setattr(cache, "_to_disk", refuse)
     config = make_config()
-    read = data_build.read_sources(config)
-    assert len(data_build.make_sets(config, read, markup, 512).train) == 32
-    (note,) = read.reports[0].notes
+    sets = data_build.make_sets(config, data_build.read_sources(config), markup, 512)
+    assert len(sets.train) == 32
+    (note,) = sets.reports[0].notes
     assert "Function not implemented. Make room for a cache there, or elsewhere by XDG_CACHE_HOME" in note
     assert "What was saved" not in note
     assert folders(place) == []
+
+
+def test_the_reason_of_an_error_is_a_field_of_it(tmp_path):
+    """Another module once cut the message at its words."""
+    with pytest.raises(StorageError) as caught, files.storage_errors(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.reason == f"{tmp_path}: cannot be written: No space left on device"
+    assert str(caught.value) == f"{caught.value.reason}. What was saved before is intact."
+
+
+def test_reports_do_not_change_when_sets_are_made_once_more(make_config, markup):
+    """The notes of a report once stood in it twice."""
+    config = make_config(train_weights=(0.5,))
+    sources = data_build.read_sources(config)
+    first, second = (data_build.make_sets(config, sources, markup, 512) for _ in range(2))
+    assert first.reports == second.reports
+    assert first.reports[0].notes
+    with pytest.raises(AttributeError):
+        first.reports[0].rows = 1
 
 
 def test_a_file_in_its_place_is_removed(rows, markup, place):
@@ -260,16 +303,14 @@ def test_questions_are_found_in_one_pass(make_config, markup, monkeypatch):
 def test_how_often_a_file_is_taken_is_said_of_that_file(make_config, tmp_path, markup):
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", 8, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     config = make_config(train_file=tuple(map(str, paths)), train_weights=(1.0, 1.0, 0.5), deduplicate=True)
-    read = data_build.read_sources(config)
-    data_build.make_sets(config, read, markup, 512)
-    said = [[note for note in report.notes if "an epoch takes" in note] for report in read.reports]
+    sets = data_build.make_sets(config, data_build.read_sources(config), markup, 512)
+    said = [[note for note in report.notes if "an epoch takes" in note] for report in sets.reports]
     assert said == [[f"an epoch takes {taken} of its 8 rows, by its weight"] if taken else [] for taken in (8, 0, 4)]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(rows, markup, place):
-    report = DataReport(str(rows), sha256="0" * 64)
     with pytest.raises(DataError, match="was changed while it was read"):
-        cache.cached(report, markup, "skip", HOW)
+        cache.cached(str(rows), "0" * 64, markup, "skip", HOW)
     assert folders(place) == []
 
 
@@ -310,12 +351,11 @@ def test_without_a_place_for_it_memory_must_do(make_config, tmp_path, monkeypatc
     (tmp_path / "a file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
     config = make_config()
-    read = data_build.read_sources(config)
-    found = data_build.make_sets(config, read, markup, 512).train
+    sets = data_build.make_sets(config, data_build.read_sources(config), markup, 512)
     expected, _ = in_memory(config.train_file, markup, max_length=512, system_prompt=config.system_prompt)
-    assert np.array_equal(found.keys, expected.keys)
-    assert read.reports[0].kept == 32
-    assert "tokenised in memory" in read.reports[0].notes[0]
+    assert np.array_equal(sets.train.keys, expected.keys)
+    assert sets.reports[0].kept == 32
+    assert "tokenised in memory" in sets.reports[0].notes[0]
 
 
 BUILD = """
@@ -324,14 +364,13 @@ from minilora import demo
 from minilora.data import cache, dataset
 from minilora.data.jsonl import file_sha256
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import DataReport
 from minilora.models.load import load_tokenizer
 dataset.ROWS_AT_ONCE = 64
 markup = ChatMarkup(load_tokenizer(demo.DEMO_DIR))
 print("begun", flush=True)
 path = sys.argv[1]
 how = {"system_prompt": "", "max_length": 512, "overlong": "truncate", "train_on_prompt": False}
-print(len(cache.cached(DataReport(path, sha256=file_sha256(path)), markup, "error", how)))
+print(len(cache.cached(path, file_sha256(path), markup, "error", how)[0]))
 """
 
 

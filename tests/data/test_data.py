@@ -7,29 +7,29 @@ import operator
 import os
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from templates import MODELS, template
 from tokenizers import AddedToken
 
-from minilora import demo
+from minilora import cli, demo
 from minilora.data import report as data_report
-from minilora.data.dataset import IGNORE, split, tokenize
+from minilora.data.dataset import IGNORE, Dataset, split, tokenize
 from minilora.data.formats import Row, Turn, detect_format, to_turns
 from minilora.data.jsonl import MAX_LINE_BYTES, read_lines
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import MAX_PROBLEMS_SHOWN, DataReport
+from minilora.data.report import MAX_PROBLEMS_SHOWN, Cut, Figures, Reading, put_together
 from minilora.data.rows import read_rows
 from minilora.errors import DataError
 from minilora.models import load as loading
 from minilora.training import log as run_log
 
 ROOT = Path(__file__).parent.parent.parent
-TEMPLATES = ROOT / "tests" / "templates"
-MODELS = ("qwen2", "qwen2.5", "qwen3")
 SYSTEM = "你是一个AI助手"  # the default
 MARKUP = "<|im_end|>\n<|im_start|>assistant\nDone.<|im_end|><|endoftext|><think>no</think>"
 BUSY = [HealthCheck.too_slow, HealthCheck.filter_too_much]  # a busy machine is no bug
@@ -38,12 +38,12 @@ FUZZ = settings(deadline=None, derandomize=True, database=None, suppress_health_
 
 @pytest.fixture(scope="session")
 def tokenizers():
-    """The demo's tokenizer with the chat template of each model family; Qwen3's also has the think tokens."""
+    """The demo's tokenizer with the chat template of each model family; those of Qwen3 also have the think tokens."""
     made = {}
     for name in MODELS:
         tokenizer = loading.load_tokenizer(demo.DEMO_DIR)
-        tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text("utf-8")
-        if name == "qwen3":
+        tokenizer.chat_template = template(name)
+        if name.startswith("qwen3"):
             think = [AddedToken(text, special=False, normalized=False) for text in ("<think>", "</think>")]
             assert tokenizer.add_tokens(think) == 2
         made[name] = tokenizer
@@ -65,11 +65,19 @@ def markup(markups):
     return markups["qwen2"]
 
 
-def examples_of(turns_of_rows, markup, report=None, **keys):
+READ = Reading("rows.jsonl", "", "", 0, 3, (), Counter())
+
+
+def examples_of(turns_of_rows, markup, **keys):
     """These conversations as a Dataset, with TrainConfig's defaults for what is not given."""
+    return examples_and_report(turns_of_rows, markup, **keys)[0]
+
+
+def examples_and_report(turns_of_rows, markup, **keys):
+    """The same, and the report of it."""
     rows = [Row(number, tuple(Turn(*turn) for turn in turns)) for number, turns in enumerate(turns_of_rows, 1)]
     default = {"system_prompt": SYSTEM, "max_length": 1024, "overlong": "truncate", "train_on_prompt": False}
-    return tokenize(rows, markup, report or DataReport("rows.jsonl"), **(default | keys))
+    return tokenize(rows, markup, READ, **(default | keys))
 
 
 def marked(example, tokenizer):
@@ -366,7 +374,7 @@ def test_markup_in_a_text_never_becomes_a_control_token(name, place, tokenizers,
     turns = [(role, f"x{hostile}y" if role == place else content) for role, content in turns]
     (example,), (plain,) = (examples_of([each], markup) for each in (turns, clean))
     control = sorted({*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()})
-    assert len(control) >= (5 if name == "qwen3" else 3)
+    assert len(control) >= (5 if name.startswith("qwen3") else 3)
     found = {token: example.input_ids.tolist().count(token) for token in control}
     assert found == {token: plain.input_ids.tolist().count(token) for token in control}
     said = tokenizer.decode(example.input_ids.tolist())
@@ -404,13 +412,11 @@ def test_truncated_at_every_length(markup):
     first = next(i for i, label in enumerate(labels) if label != IGNORE)
     assert first > 10
     for limit in range(2, len(ids) + 2):
-        report = DataReport("rows.jsonl")
         if limit <= first:
             with pytest.raises(DataError, match=f"max_length {limit}"):
-                examples_of([LONG], markup, report, max_length=limit)
-            assert report.dropped_unsupervised == 1
+                examples_of([LONG], markup, max_length=limit)
             continue
-        (cut,) = examples_of([LONG], markup, report, max_length=limit)
+        (cut,), report = examples_and_report([LONG], markup, max_length=limit)
         kept = len(cut.input_ids)
         assert kept <= limit
         assert cut.input_ids.tolist() == ids[:kept]
@@ -430,9 +436,8 @@ def test_truncation_leaves_nothing_behind_the_last_supervised_token(markup):
 
 
 def test_rows_with_nothing_left_to_learn_are_dropped_and_counted(markup):
-    report = DataReport("rows.jsonl", rows=3)
     rows = [[("user", "a"), ("assistant", "b")], [("user", "word " * 200), ("assistant", "b")], LONG]
-    dataset = examples_of(rows, markup, report, max_length=60)
+    dataset, report = examples_and_report(rows, markup, max_length=60)
     assert dataset.lines.tolist() == [1, 3]
     assert (report.kept, report.dropped_unsupervised, report.dropped_overlong) == (2, 1, 0)
     with pytest.raises(DataError, match="no example is left"):
@@ -442,8 +447,7 @@ def test_rows_with_nothing_left_to_learn_are_dropped_and_counted(markup):
 def test_overlong_drop_and_error(markup):
     short, long = [("user", "a"), ("assistant", "b")], [("user", "a"), ("assistant", "word " * 200)]
     rows = [short, long, short, long]
-    report = DataReport("rows.jsonl")
-    dataset = examples_of(rows, markup, report, max_length=60, overlong="drop")
+    dataset, report = examples_and_report(rows, markup, max_length=60, overlong="drop")
     assert dataset.lines.tolist() == [1, 3]
     assert (report.kept, report.dropped_overlong, report.truncated, report.dropped_unsupervised) == (2, 2, 0, 0)
     with pytest.raises(DataError) as caught:
@@ -467,8 +471,7 @@ def numbered(count, seed=0):
 
 
 def test_report_counts_and_percentiles(markup):
-    report = DataReport("rows.jsonl")
-    dataset = examples_of(numbered(101), markup, report)
+    dataset, report = examples_and_report(numbered(101), markup)
     lengths = sorted(len(example.input_ids) for example in dataset)
     assert report.lengths == {"p50": lengths[50], "p95": lengths[95], "max": lengths[100]}
     assert len(set(report.lengths.values())) == 3
@@ -479,9 +482,9 @@ def test_report_counts_and_percentiles(markup):
 
 
 def test_what_a_run_says_of_its_data():
-    report = DataReport("f.jsonl", rows=9, kept=4, bad=["f.jsonl:2: x"], truncated=3, dropped_overlong=2)
-    report.dropped_unsupervised, report.lengths = 2, {"p50": 10, "p95": 20, "max": 3000}
-    report.tokens, report.supervised_tokens = 200, 50
+    reading = Reading("f.jsonl", "", "", 0, 9, ("f.jsonl:2: x",), Counter())
+    figures = Figures(4, {"p50": 10, "p95": 20, "max": 3000}, 200, 50)
+    report = put_together(reading, Cut(3, 2, 2), figures)
     first, second = data_report.describe_data(report)
     assert first == "f.jsonl: 4 of 9 rows kept; dropped: 1 bad, 2 longer than max_length, 2 nothing supervised"
     assert second == "tokens a row p50 / p95 / max: 10 / 20 / 3,000; 25 % supervised; 3 rows truncated"
@@ -499,6 +502,22 @@ def test_a_data_set_is_a_sequence(markup):
     assert picked.lines.tolist() == [6, 1, 6]
     assert (picked[1].input_ids == one_by_one[0].input_ids).all()
     assert dataset[0].input_ids.dtype == dataset[0].labels.dtype == np.int32
+
+
+def test_a_slice_of_a_data_set_is_a_data_set(markup):
+    """`dataset[0:2]` once was a TypeError of numpy's."""
+    dataset = examples_of(numbered(7), markup)
+    for part in (slice(0, 2), slice(3, 4), slice(None, None, -2), slice(9, 12)):
+        found = dataset[part]
+        assert isinstance(found, Dataset)
+        assert found.lines.tolist() == list(range(1, 8))[part]
+        assert [each.input_ids.tolist() for each in found] == [dataset[i].input_ids.tolist() for i in range(7)[part]]
+    assert (dataset[-1].input_ids == dataset[6].input_ids).all()
+    for index in (1.0, [0], np.array([0]), "0", None):
+        with pytest.raises(TypeError):
+            dataset[index]
+    with pytest.raises(IndexError):
+        dataset[7]
 
 
 @pytest.mark.parametrize(("val_size", "expected"), [(0.25, 10), (0.1, 4), (0.001, 1), (0.98, 39), (0.5, 20)])
@@ -675,6 +694,71 @@ def test_every_bad_conversation_is_reported(tmp_path):
     for reason, text in zip(reasons, found.values(), strict=True):
         assert reason in text
     assert [row.line for row in read_rows(file, "skip")[0]] == [1]
+
+
+ANSWERED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+CALLS = [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]
+MEANING = {  # fields that once were dropped, and training went on
+    "history": [["a", "b"]],
+    "reasoning_content": "1 + 1 is 2.",
+    "reasoning": "1 + 1 is 2.",
+    "thinking": "1 + 1 is 2.",
+    "tools": [{"type": "function"}],
+    "tool_calls": CALLS,
+    "function_call": {"name": "f"},
+    "images": ["a.png"],
+}
+EMPTY = (None, "", " ", "[]", [], {}, False)
+
+
+@pytest.mark.parametrize("name", MEANING)
+def test_a_field_that_changes_what_a_row_means_is_refused_by_its_name(name, tmp_path):
+    """In a row of each format and in a message; an empty one is harmless."""
+    asked, answer = ANSWERED
+    rows = [{"instruction": "a", "output": "b"}, {"prompt": "a", "completion": "b"}, {"messages": ANSWERED}]
+    for row in rows:
+        file = write(tmp_path / "rows.jsonl", [line(**row), line(**row, **{name: MEANING[name]})])
+        with pytest.raises(DataError) as caught:
+            read_rows(file)
+        found, _ = reported(caught.value, file)
+        assert found[2].startswith(f"the field {name!r} changes what this row means and is not read yet. ")
+        assert [each.line for each in read_rows(file, "skip")[0]] == [1]
+        read_rows(write(tmp_path / "rows.jsonl", [line(**row, **{name: value}) for value in EMPTY]))
+    for content in ("b", None):  # beside a text, and alone
+        messages = [asked, answer | {"content": content, name: MEANING[name]}]
+        with pytest.raises(ValueError, match=rf"message 2: the field '{name}' changes what this row means"):
+            to_turns({"messages": messages}, "messages")
+    for value in EMPTY:
+        assert len(to_turns({"messages": [asked, answer | {name: value}]}, "messages")) == 2
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "loss"])
+def test_a_message_that_says_it_is_not_learned_is_refused(name):
+    for number, learned in enumerate((0, 1)):
+        for value in (0, 1, False, True, 0.5, None):
+            messages = [*map(dict, ANSWERED)]
+            messages[number][name] = value
+            if value in (learned, None):
+                assert len(to_turns({"messages": messages}, "messages")) == 2
+                continue
+            with pytest.raises(ValueError, match=f"message {number + 1}: the field '{name}' changes what is learned"):
+                to_turns({"messages": messages}, "messages")
+
+
+def test_every_verb_refuses_such_a_row(tmp_path, tiny_folder, capsys):
+    """`eval`, `generate` and `preview` once said nothing of the field, `train` only named it in its header."""
+    file = write(tmp_path / "rows.jsonl", [line(instruction="a", output="b", history=[["c", "d"]])])
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": CALLS}, *ANSWERED]
+    talk = write(tmp_path / "talk.jsonl", [line(messages=turns)])
+    for path, name in ((file, "history"), (talk, "tool_calls")):
+        for command in (
+            ["train", "demo", "--train_file", path, "--output_dir", tmp_path / "run"],
+            ["preview", path],
+            ["eval", "--eval_file", path],
+            ["generate", "--input_file", path, "--output_file", tmp_path / "answers.jsonl"],
+        ):
+            assert cli.main(list(map(str, [*command, "--model", tiny_folder]))) == 2
+            assert re.search(rf"{path}:1: .*the field '{name}' changes what this row means", capsys.readouterr().err)
 
 
 def test_more_bad_lines_than_are_shown_are_counted(tmp_path):
@@ -927,10 +1011,10 @@ def test_our_files_are_good(name, markup):
     train, valid, at_least = OURS[name]
     for path, needed in ((train, at_least), (valid, 50)):
         rows, report = read_rows(path)
-        assert report.bad == []
+        assert report.bad == ()
         assert report.format == "instruction/output"
         assert len(rows) == len(raw_rows(path)) >= needed
-        dataset = tokenize(
+        dataset, _ = tokenize(
             rows, markup, report, system_prompt=SYSTEM, max_length=1024, overlong="error", train_on_prompt=False
         )
         assert len(dataset) == len(rows)

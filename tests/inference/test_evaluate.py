@@ -79,9 +79,9 @@ def test_the_numbers_are_those_of_plain_transformers(rows, tuned, load_tiny, tmp
     assert found.system_prompt == PROMPT
     tiny = load_tiny()
     markup = evaluate._chat_model(asked(eval_file=rows, adapter=tuned)).markup
-    turns, report = evaluate.read_rows(str(rows))
-    examples = evaluate.tokenize(
-        turns, markup, report, system_prompt=PROMPT, max_length=1024, overlong="error", train_on_prompt=False
+    turns, reading = evaluate.read_rows(str(rows))
+    examples, _ = evaluate.tokenize(
+        turns, markup, reading, system_prompt=PROMPT, max_length=1024, overlong="error", train_on_prompt=False
     )
     expected = {"base": by_definition(tiny, examples)}
     adapter_format.load(tiny, tuned, fingerprint.fingerprint(tiny))
@@ -264,9 +264,9 @@ def test_scores_do_not_change_the_model(dtype, rows, load_tiny, tiny_folder):
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     implementation = tiny.config._attn_implementation
     chat_model = evaluate._chat_model(asked(eval_file=rows, model=tiny_folder))
-    turns, report = evaluate.read_rows(str(rows))
-    dataset = evaluate.tokenize(
-        turns, chat_model.markup, report, system_prompt="", max_length=64, overlong="drop", train_on_prompt=False
+    turns, reading = evaluate.read_rows(str(rows))
+    dataset, _ = evaluate.tokenize(
+        turns, chat_model.markup, reading, system_prompt="", max_length=64, overlong="drop", train_on_prompt=False
     )
     first = score(tiny, dataset, "")
     assert score(tiny, dataset, "") == first

@@ -4,6 +4,7 @@ import re
 from contextlib import ExitStack
 
 import pytest
+import torch
 from conftest import write_jsonl
 
 from minilora import cli, demo
@@ -69,6 +70,15 @@ def no_table(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_table")
+def test_keys_that_a_plan_does_not_count_do_not_stop_it(said, tmp_path_factory):
+    valid = str(write_jsonl(tmp_path_factory.mktemp("valid") / "valid.jsonl", 4))
+    text = said("--card", "24", "--eval_file", valid, "--early_stopping_patience", "2", "--eval_samples", "1")
+    assert "torch_compile" not in text
+    assert "it fits" in text
+    assert "torch_compile is not counted: the figures are those of a run without it" in said("--torch_compile")
+
+
+@pytest.mark.usefixtures("no_table")
 def test_the_interpreter_counts_on_a_cpu(said):
     parts = dict(rows_below(said("--device", "cpu"), "| part"))
     assert mib(parts["interpreter, libraries, rows (in use now)"]) > 200
@@ -120,10 +130,10 @@ def test_the_columns_of_a_table_stand_below_each_other():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--card", "RTX 4o80"], "none of RTX 3060, .* Did you mean RTX 4080?"),
-        (["--card", "0"], "no number of GiB"),
+        (["--card", "RTX 4o80"], "--card 'RTX 4o80' is not known. .* Did you mean RTX 4080?"),
+        (["--card", "0"], "Give the memory of the card in GiB"),
         (["--fsdp"], "plan predicts one device"),
-        (["--card", "-3"], "no number of GiB|expected one argument"),
+        (["--card", "-3"], "--card '-3' is not known"),
         (["--lora_q", "3"], "--lora_r"),
         (["--device", "cuda:9"], "this machine shows"),
         (["--model", "./nowhere"], "no such folder"),
@@ -146,12 +156,98 @@ def test_bad_rows_are_told_as_training_tells_them(said, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", CARDS_GIB)
 def test_cards_by_name_in_any_case(name):
-    assert on_card(TrainConfig(), name.lower()).usable == CARDS_GIB[name] * GIB * 0.9
+    assert on_card(TrainConfig(), name.lower()).usable == CARDS_GIB[name][0] * GIB * 0.9
 
 
-def test_a_card_without_size_is_refused():
-    with pytest.raises(ConfigError, match="no number of GiB"):
-        on_card(TrainConfig(), "99999")
+@pytest.mark.parametrize(
+    ("given", "name", "size"),
+    [
+        ("4090", "RTX 4090", 24),
+        ("rtx4090", "RTX 4090", 24),
+        ("RTX-4090", "RTX 4090", 24),
+        ("NVIDIA GeForce RTX 4080", "RTX 4080", 16),
+        ("RTX 4060", "RTX 4060", 8),
+        ("4060ti", "RTX 4060 Ti", 8),
+        ("RTX 4060 Ti 16GB", "RTX 4060 Ti", 16),
+        ("4060 ti 16g", "RTX 4060 Ti", 16),
+        ("RTX 4070 Laptop", "RTX 4070 Laptop", 8),
+        ("NVIDIA GeForce RTX 4070 Laptop GPU", "RTX 4070 Laptop", 8),
+        ("4070 mobile", "RTX 4070 Laptop", 8),
+        ("NVIDIA GeForce RTX 2080 with Max-Q Design", "RTX 2080 Laptop", 8),
+        ("GeForce GTX 1660 SUPER", "GTX 1660 Super", 6),
+        ("1080 Ti", "GTX 1080 Ti", 11),
+        ("RTX 4090D", "RTX 4090 D", 24),
+        ("NVIDIA A100-SXM4-80GB", "A100", 80),
+        ("NVIDIA A100-PCIE-40GB", "A100", 40),
+        ("a100 40", "A100", 40),
+        ("NVIDIA H100 80GB HBM3", "H100", 80),
+        ("NVIDIA H100 PCIe", "H100", 80),
+        ("Tesla V100-SXM2-32GB", "V100", 32),
+        ("Tesla T4", "T4", 16),
+        ("NVIDIA L40S", "L40S", 48),
+        ("NVIDIA RTX A6000", "RTX A6000", 48),
+        ("A6000", "RTX A6000", 48),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada", 48),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", "RTX PRO 6000", 96),
+        ("Quadro RTX 8000", "Quadro RTX 8000", 48),
+        ("NVIDIA H200", "H200", 141),
+    ],
+)
+def test_cards_as_people_and_drivers_write_them(given, name, size):
+    place = on_card(TrainConfig(), given)
+    assert place.usable == size * GIB * 0.9
+    assert place.name.startswith(f"{name} ({size} GiB")
+
+
+def test_a_card_of_two_sizes_is_named_with_both():
+    assert on_card(TrainConfig(), "RTX 3060").name == "RTX 3060 (12 GiB; with 8: --card 'RTX 3060 8GB'): not measured"
+    assert on_card(TrainConfig(), "RTX 3060 8 GB").name == "RTX 3060 (8 GiB): not measured"
+
+
+@pytest.mark.parametrize(("given", "size"), [("24", 24), ("24GB", 24), ("11 GiB", 11), ("23.5", 23.5), ("1.5g", 1.5)])
+def test_numbers_are_gib(given, size):
+    place = on_card(TrainConfig(), given)
+    assert place.usable == size * GIB * 0.9
+    assert place.name == f"a card of {size:g} GiB: not measured"
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        *(
+            (number, "in GiB, 1 to 300 (--card 24), or a name")
+            for number in ("99999", "0", "4065", "24564", "500 GB", "-3")
+        ),
+        ("RTX 4065", "or a name such as RTX 4060 or A100 40GB. Did you mean RTX 4060?"),
+        ("RX 7900 XTX", "Give the memory of the card in GiB"),
+        ("RTX 4080 48GB", "RTX 4080 has 16 GiB. For another size, give the number of GiB alone: --card 48."),
+        ("A100 64GB", "A100 has 80 or 40 GiB. For another size"),
+        ("", "Give the memory of the card in GiB"),
+    ],
+)
+def test_a_card_that_is_not_known_is_asked_about_in_one_line(given, answer):
+    with pytest.raises(ConfigError) as caught:
+        on_card(TrainConfig(), given)
+    text = str(caught.value)
+    assert text.startswith(f"--card {given!r} is not known. ")
+    assert answer in text
+    assert "\n" not in text
+    assert len(text) < 200
+
+
+@pytest.mark.parametrize(("card", "dtype"), [("2080", torch.float32), ("T4", torch.float32), ("3060", torch.bfloat16)])
+def test_the_dtype_is_the_one_that_a_run_on_the_card_picks(card, dtype):
+    assert on_card(TrainConfig(), card).dtype == dtype
+    assert on_card(TrainConfig(dtype="bfloat16"), card).dtype == torch.bfloat16
+    assert on_card(TrainConfig(dtype="float32"), card).dtype == torch.float32
+
+
+def test_every_card_of_the_table_is_its_own():
+    keys = {plan.card_key(name) for name in CARDS_GIB}
+    assert len(keys) == len(CARDS_GIB)
+    short = [key.removeprefix("gtx").removeprefix("rtx") for key in keys]
+    assert len(set(short)) == len(short)
+    assert all(2 <= size <= 300 for sizes in CARDS_GIB.values() for size in sizes)
 
 
 def memory(total: float) -> Memory:

@@ -9,6 +9,8 @@ from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from pages import Page
+from templates import template
+from tokenizers import AddedToken
 
 from minilora import cli
 from minilora.config import TrainConfig
@@ -50,7 +52,7 @@ def look(tiny_folder):
         kept, report = read_rows(path, "skip")
         how = {"overlong": config.overlong, "train_on_prompt": config.train_on_prompt}
         how |= {"system_prompt": config.system_prompt, "max_length": config.max_length}
-        return found, tokenize(kept, ChatMarkup(loading.load_tokenizer(tiny_folder)), report, **how)
+        return found, tokenize(kept, ChatMarkup(loading.load_tokenizer(tiny_folder)), report, **how)[0]
 
     return run
 
@@ -152,10 +154,10 @@ def test_rows_that_are_dropped_say_why(file, look):
 def test_the_counts_are_those_that_a_run_reports(tmp_path, look, tiny_folder):
     path = write_jsonl(tmp_path / "many.jsonl", 300, seed=5)
     found, dataset = look(path, max_length=44)
-    _, report = read_rows(path)
+    rows, reading = read_rows(path)
     markup = ChatMarkup(loading.load_tokenizer(tiny_folder))
     config = TrainConfig(max_length=44)
-    tokenize(read_rows(path)[0], markup, report, system_prompt=config.system_prompt, max_length=44,
+    _, report = tokenize(rows, markup, reading, system_prompt=config.system_prompt, max_length=44,
              overlong="truncate", train_on_prompt=False)  # fmt: skip
     stats = found.statistics
     assert 0 < report.truncated < 300
@@ -165,6 +167,38 @@ def test_the_counts_are_those_that_a_run_reports(tmp_path, look, tiny_folder):
     ends = [example.labels[-1] == markup.end for example in dataset]
     assert stats.not_ended == dataset.lines[~np.array(ends)].tolist()
     assert any(data_report.describe_data(report))
+
+
+def test_fields_that_are_not_read_are_reported(tmp_path, look):
+    """Only the header of `train` once named them."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row | {"id": 1, "sytem": "s"}) + "\n" for row in ROWS[:2]))
+    facts = dict(preview.facts(look(path)[0].statistics))
+    assert facts["  unread"] == "fields not read: id (2 rows), sytem (2 rows)"
+
+
+def test_the_think_tokens_that_the_template_places_are_no_text(tmp_path, look, tiny_folder, monkeypatch):
+    """Of Qwen3's <think>, which becomes a control token, it was once said that "it stays text"."""
+    plain = loading.load_tokenizer
+
+    def qwen3(folder):
+        tokenizer = plain(folder)
+        tokenizer.chat_template = template("qwen3")
+        tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<think>", "</think>")])
+        return tokenizer
+
+    reasoned = "<think>\nOne.\n</think>\n\nTwo."
+    rows = [
+        {"instruction": "red", "output": reasoned},  # set off as the template does it
+        {"instruction": "say <think>", "output": reasoned},  # text in the question
+        {"instruction": "red", "output": "<think>\na\n</think>\n\nb </think> <|im_end|>"},  # text in the answer
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": reasoned}] * 2},  # left out
+    ]
+    path = tmp_path / "rows.jsonl"
+    for rows_of, qwen3s, expected in ((rows[:3], True, [2, 3]), (rows[3:], True, []), (rows[:3], False, [3])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+        monkeypatch.setattr(preview, "load_tokenizer", qwen3 if qwen3s else plain)
+        assert look(path)[0].statistics.spelled == expected
 
 
 @given(st.lists(st.integers(2, 40_000), min_size=1, max_size=60))
