@@ -428,8 +428,8 @@ def export_command(argv: Sequence[str]) -> int:
     output = Path(args.output_dir).expanduser()
     config = export_portable(Path(args.adapter).expanduser(), output)
     print(f"{'exported':<12} {output}: the scale of r {config.rank}, alpha {config.alpha} is in B now")
-    for program, text in how_to_use(output, config, read_metadata(output).get("system_prompt", "")):
-        print(f"{program:<12} {printable(text)}")
+    for program, text in how_to_use(output, config, read_metadata(output).get("system_prompt")):
+        print(f"{program:<12} {printable(text, longest=100_000)}")  # a command that was cut would be a wrong one
     return 0
 
 

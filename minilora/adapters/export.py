@@ -1,32 +1,37 @@
-"""An adapter for other programs; and the check that an adapter is what it says."""
+"""Writes an adapter for other programs, and gives the commands with which they use it."""
 
+import json
 import re
+import shlex
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from minilora.adapters import format as adapter_format
 from minilora.adapters.format import CONFIG, PREFIX, WEIGHTS, AdapterConfig
 from minilora.errors import AdapterError
+from minilora.models.trained import GENERATION, end_tokens, read_generation, write_generation
 from minilora.utils import files
 
-COPIED = (".json", ".jinja", ".txt", ".model", ".md")  # tokenizer, chat template, generation config
+COPIED = (".json", ".jinja", ".txt", ".model", ".md")  # tokenizer, chat template
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be; its default is 16
 
 
 def export_portable(folder: Path, output_folder: Path) -> AdapterConfig:
     """Write the same adapter with its scale folded into B: lora_alpha = r, use_rslora false, so that the scale is 1.
 
-    For readers that know only alpha / r, or no scale at all. The base is not needed. Returns the source's settings.
+    It is for programs that read only alpha / r, or no scale. The base is not needed. Returns the source's settings.
     Raises AdapterError when it is not a whole LoRA adapter, or when output_folder already holds something.
     """
     config = adapter_format.read_config(folder)
     if config.dora:
         raise AdapterError(
-            f"{folder}: use_dora = True: a program that knows alpha / r at most knows no DoRA, whose magnitudes only a "
-            "merged weight can hold: python -m minilora merge"
+            f"{folder}: use_dora = True: programs that read only alpha and r do not read DoRA's magnitudes. Merge the "
+            "adapter into its base: python -m minilora merge"
         )
     if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
         raise AdapterError(f"{output_folder} is a file, or not empty: give another --output_dir")
@@ -39,10 +44,18 @@ def export_portable(folder: Path, output_folder: Path) -> AdapterConfig:
     metadata = {key: value for key, value in adapter_format.read_metadata(folder).items() if key != "format"}
     with files.new_folder(output_folder) as aside:
         for file in folder.iterdir():
-            if file.is_file() and file.suffix in COPIED and file.name != CONFIG:
+            if file.is_file() and file.suffix in COPIED and file.name not in (CONFIG, GENERATION):
                 shutil.copyfile(file, aside / file.name)
+        write_generation(aside, read_generation(folder), _end_tokens(folder))
         adapter_format.write(aside, named, replace(config, alpha=config.rank, rslora=False), metadata)
     return config
+
+
+def _end_tokens(folder: Path) -> list[int]:
+    """The end tokens of the tokenizer beside an adapter; empty where there is none that is readable."""
+    with suppress(Exception):  # the tokenizers library raises nothing more precise
+        return end_tokens(Tokenizer.from_file(str(folder / "tokenizer.json")))
+    return []
 
 
 def _weight_shapes(folder: Path, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
@@ -59,21 +72,51 @@ def _weight_shapes(folder: Path, config: AdapterConfig) -> dict[str, tuple[int, 
     return {f"{name}.weight": (shape[0], shape[1]) for name, shape in shapes.items()}
 
 
-def how_to_use(folder: Path, config: AdapterConfig, system_prompt: str) -> list[tuple[str, str]]:
-    """(program, what it takes) for the programs that people put adapters into.
+def how_to_use(folder: Path, config: AdapterConfig, system_prompt: str | None) -> list[tuple[str, str]]:
+    """(program, its command or settings) for each program that uses adapters: greedy, with the trained system prompt.
 
-    vLLM: vllm/lora/peft_helper.py (no DoRA, no modules_to_save); llama.cpp: convert_lora_to_gguf.py (reads lora_alpha
-    and r, not use_rslora); Ollama: docs/modelfile.mdx, ADAPTER (safetensors of Llama, Mistral and Gemma only).
+    system_prompt: None where the adapter does not say it.
+
+    vLLM: vllm/lora/peft_helper.py (no DoRA, no modules_to_save), vllm/config (--generation-config takes a folder);
+    llama.cpp: convert_lora_to_gguf.py (reads lora_alpha and r, not use_rslora), common/arg.cpp (-sys, --temp); Ollama:
+    docs/modelfile.mdx, ADAPTER (safetensors of Llama, Mistral and Gemma only; its own repeat_penalty is 1.1).
     """
-    base = config.base_model or "BASE"
+    base = shlex.quote(config.base_model or "BASE")
+    where = shlex.quote(str(folder))
     rank = next((rank for rank in VLLM_RANKS if rank >= config.rank), config.rank)
     larger = f" --max-lora-rank {rank}" if rank > 16 else ""
+    serve = f"vllm serve {base} --enable-lora{larger} --lora-modules NAME={where}"
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    body = {"model": "NAME", "temperature": 0, "messages": [*messages, {"role": "user", "content": "QUESTION"}]}
+    request = shlex.quote(json.dumps(body, ensure_ascii=False))
+    # llama.cpp's own chatml template inserts no system turn; that of the model may
+    turn = f" -sys {shlex.quote(system_prompt)}" if system_prompt else " --chat-template chatml" * (system_prompt == "")
     lines = [
-        ("vLLM", f"vllm serve {base} --enable-lora{larger} --lora-modules NAME={folder}"),
-        ("llama.cpp", f"python convert_lora_to_gguf.py {folder} --base FOLDER_OF_BASE --outfile adapter.gguf"),
-        ("", "then llama-cli -m BASE.gguf --lora adapter.gguf"),
-        ("Ollama", "takes no safetensors adapter of a Qwen; in its Modelfile: FROM BASE.gguf, ADAPTER adapter.gguf"),
+        ("vLLM", f"{serve} --generation-config {where} --override-generation-config '{{\"temperature\": 0}}'"),
+        ("", f"then curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d {request}"),
+        ("llama.cpp", f"python convert_lora_to_gguf.py {where} --base FOLDER_OF_BASE --outfile adapter.gguf"),
+        ("", f"then llama-cli -m BASE.gguf --lora adapter.gguf --temp 0 --repeat-penalty 1{turn}"),
+        ("Ollama", "does not read safetensors adapters of Qwen; convert the adapter as for llama.cpp; the Modelfile:"),
+        *(("", line) for line in _modelfile(system_prompt)),
     ]
+    inserted = "where a request brings no system turn, a server inserts that of its chat template"
+    inserted += " (Qwen2, Qwen2.5: a text such as 'You are a helpful assistant')"
     if system_prompt:
-        lines.append(("system", f"none of them knows the system prompt it was trained with; give it: {system_prompt}"))
+        lines.append(("system", f"every program needs the system prompt of the training: {system_prompt}"))
+        lines.append(("", f"without it the answers change: {inserted}"))
+    elif system_prompt == "":
+        lines.append(("no system", f"it was trained without a system turn, but {inserted}: use another template"))
     return lines
+
+
+def _modelfile(system_prompt: str | None) -> list[str]:
+    """The lines of Ollama's Modelfile."""
+    quotes = '"""' if system_prompt and ("\n" in system_prompt or '"' in system_prompt) else '"'
+    return [
+        "FROM BASE.gguf",
+        "ADAPTER adapter.gguf",
+        *([f"SYSTEM {quotes}{system_prompt}{quotes}"] if system_prompt else []),
+        "PARAMETER temperature 0",
+        "PARAMETER repeat_penalty 1",
+        "PARAMETER stop <|im_end|>",
+    ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minilora.errors import AdapterError, DivergedError
 from minilora.lora import inject, lora_layers
 from minilora.models.load import what_else
+from minilora.models.trained import end_tokens, save_tokenizer, write_generation
 from minilora.utils import files
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -321,14 +322,24 @@ def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple
     }
 
 
-def save_folder(folder: Path, model: Any, tokenizer: Any, config: AdapterConfig, metadata: dict[str, str]) -> None:
-    """An adapter folder: complete at once when it is new, its weights exchanged at once when it is not."""
+def save_folder(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    config: AdapterConfig,
+    metadata: dict[str, str],
+    base_folder: Path | None = None,
+) -> None:
+    """An adapter folder: complete at once when it is new, its weights exchanged at once when it is not.
+
+    base_folder: holds the tokenizer's files; None: they are looked for where the tokenizer was loaded from
+    """
     with files.storage_errors(folder):
         there = os.path.lexists(folder)
     if there:
         save(folder, model, config, metadata)
         return
     with files.new_folder(folder) as aside:
-        tokenizer.save_pretrained(aside)
-        model.generation_config.save_pretrained(aside)
+        save_tokenizer(aside, tokenizer, base_folder)
+        write_generation(aside, model.generation_config.to_diff_dict(), end_tokens(tokenizer))
         save(aside, model, config, metadata)

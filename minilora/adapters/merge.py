@@ -1,9 +1,11 @@
-"""An adapter folded into its base: W0 + scale * B A (DoRA: rescaled) in fp32, rounded once, written shard by shard."""
+"""Folds an adapter into its base: W0 + scale * B A (DoRA: rescaled) in fp32, rounded once, written shard by shard."""
 
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,10 +17,24 @@ from minilora.data.markup import ChatMarkup
 from minilora.errors import AdapterError, ModelError
 from minilora.models.load import find_model, folder_fingerprint, load_tokenizer, weight_files
 from minilora.models.probe import probe
+from minilora.models.trained import (
+    GENERATION,
+    RECORD,
+    TEMPLATES,
+    adapter_system_prompt,
+    end_tokens,
+    model_config,
+    read_generation,
+    write_generation,
+    write_record,
+)
 from minilora.utils import files
 
 DTYPES_BY_NAME = {name: dtype for dtype, name in files.SAFETENSORS_DTYPES.items()}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COPIED = (".json", ".jinja", ".txt", ".model")  # of the base: tokenizer, chat template, the index of its weights
+NOT_COPIED = (GENERATION, RECORD, adapter_format.CONFIG)  # written anew, or of an adapter that lies beside the base
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,9 @@ def merge(
 ) -> Agreement:
     """Write a Hugging Face folder of base plus adapter; one tensor is in memory at a time.
 
+    The base's files are copied byte for byte, but for what the adapter changes: the weights, the end tokens, the system
+    prompt. config.json gets the spellings of transformers 4 where it has only those of 5.
+
     dtype: of the floating-point weights; auto keeps each tensor's own. Raises AdapterError when the adapter does not
     fit the base, or when output_folder already holds something.
     """
@@ -55,25 +74,43 @@ def merge(
         raise AdapterError(f"{base} is quantised: merge into the original model instead, --model NAME")
     adapter_format.check_base(adapter_folder, config, folder_fingerprint(base, _all_tensors(base)), allow_other_base)
     updates = adapter_format.read_updates(adapter_folder, config, _shapes(base))
+    tokenizer = load_tokenizer(base)
+    prompt = adapter_system_prompt(adapter_format.read_metadata(adapter_folder).get("system_prompt"), tokenizer)
     with files.new_folder(output_folder) as aside:
         for file in base.iterdir():
-            if file.is_file() and file.suffix in (".json", ".jinja", ".txt", ".model"):
+            if file.is_file() and file.suffix in COPIED and file.name not in NOT_COPIED:
                 shutil.copyfile(file, aside / file.name)
-        for name in ("chat_template.jinja", "generation_config.json"):
-            if (adapter_folder / name).is_file():
-                shutil.copyfile(adapter_folder / name, aside / name)
-        if dtype != "auto":
-            named = {key: dtype for key in ("dtype", "torch_dtype") if key in base_config or key == "dtype"}  # new, old
-            files.write_file(aside / "config.json", files.json_chunks(base_config | named))
-        for shard in weight_files(base):
+        if (template := adapter_folder / TEMPLATES[0]).is_file() and template.read_text("utf-8") != _template(base):
+            shutil.copyfile(template, aside / template.name)
+        merged_config = model_config(base_config, tokenizer, None if dtype == "auto" else dtype)
+        if merged_config != base_config:
+            files.write_file(aside / "config.json", files.json_chunks(merged_config))
+        write_generation(aside, read_generation(base), end_tokens(tokenizer))
+        write_record(aside, prompt)
+        sizes = [
             _merge_shard(shard, aside / shard.name, updates, None if dtype == "auto" else DTYPES[dtype])
-    prompt = adapter_format.read_metadata(adapter_folder).get("system_prompt", "")
-    return _agreement(base, config, updates, output_folder, prompt)
+            for shard in weight_files(base)
+        ]
+        if dtype != "auto" and (aside / INDEX).is_file():
+            index = files.read_json(aside / INDEX)
+            files.write_file(aside / INDEX, files.json_chunks(index | {"metadata": {"total_size": sum(sizes)}}))
+    return _agreement(base, tokenizer, config, updates, output_folder, prompt)
+
+
+def _template(base: Path) -> Any:
+    """The chat template of a model folder, wherever it stands there."""
+    if (base / TEMPLATES[0]).is_file():
+        return (base / TEMPLATES[0]).read_text("utf-8")
+    try:
+        return files.read_json(base / "tokenizer_config.json").get("chat_template")
+    except ValueError:
+        return None
 
 
 def _merge_shard(
     source: Path, target: Path, updates: dict[str, adapter_format.Update], dtype: torch.dtype | None
-) -> None:
+) -> int:
+    """Write the file `target` with the tensors of `source`, merged; returns their bytes."""
     with safe_open(source, framework="pt") as file:
 
         def merged(name: str) -> Tensor:
@@ -88,6 +125,7 @@ def _merge_shard(
             own = DTYPES_BY_NAME[part.get_dtype()]
             specs[name] = (dtype if dtype and own.is_floating_point else own, tuple(part.get_shape()))
         files.write_file(target, files.lazy_safetensors_chunks(specs, merged, {"format": "pt"}))
+        return sum(kind.itemsize * math.prod(shape) for kind, shape in specs.values())
 
 
 def _all_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -104,13 +142,14 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _agreement(
     base: Path,
+    tokenizer: Any,
     config: adapter_format.AdapterConfig,
     updates: dict[str, adapter_format.Update],
     merged_folder: Path,
     system_prompt: str,
 ) -> Agreement:
     """Both models in fp32, a layer at a time."""
-    ids = probe(ChatMarkup(load_tokenizer(base)), system_prompt)
+    ids = probe(ChatMarkup(tokenizer), system_prompt)
     expected = layerwise_logits(base, ids, config, updates)
     logits = layerwise_logits(merged_folder, ids)
     same = (logits.argmax(-1) == expected.argmax(-1)).float().mean()

@@ -8,6 +8,7 @@ from minilora.errors import AdapterError, DataError, printable
 from minilora.inference import generate
 from minilora.inference.generate import ChatModel, Sampling
 from minilora.inference.multi_adapter import Adapters
+from minilora.models.trained import adapter_system_prompt
 
 COMMANDS = ("/adapter NAME", "/base", "/new", "/quit")
 
@@ -82,7 +83,7 @@ class Chat:
             print(printable(str(error)), file=sys.stderr)
             return
         if chosen is not None and not self.fixed_prompt:
-            self.chat_model.system_prompt = chosen.system_prompt or ""
+            self.chat_model.system_prompt = adapter_system_prompt(chosen.system_prompt, self.chat_model.tokenizer)
         print(f"adapters: {self.listed()}")
 
     def listed(self) -> str:

@@ -24,6 +24,7 @@ from minilora.inference.generate import ChatModel, Sampling, answer_all, load_ch
 from minilora.lora import disabled
 from minilora.loss import CHUNK_ROWS
 from minilora.models.load import find_model
+from minilora.models.trained import trained_system_prompt
 from minilora.utils import files
 from minilora.utils.device import free_cached, is_out_of_memory
 
@@ -83,7 +84,7 @@ def evaluate(request: Request) -> Evaluation:
     rows, reading = read_rows(os.path.expanduser(request.eval_file), request.on_bad_rows)
     rows = rows[: request.max_rows or None]
     merged = find_model(request.merged) if request.merged else None
-    chat_model = _speaker(request)
+    chat_model = _chat_model(request)
     dataset, report = tokenize(
         rows,
         chat_model.markup,
@@ -125,13 +126,14 @@ def evaluate(request: Request) -> Evaluation:
     )
 
 
-def _speaker(request: Request) -> ChatModel:
-    """The model to score; its system prompt: as given, else as stored in the adapter, else training's default."""
+def _chat_model(request: Request) -> ChatModel:
+    """The model to score; its system prompt: as given, else as stored with the result, else training's default."""
     if not request.model and not request.adapter:
         raise AdapterError("give --adapter DIR, or --model NAME to evaluate a model without adapter")
     prompt = request.system_prompt
-    if prompt is None and not request.adapter:
-        prompt = TrainConfig.system_prompt
+    if prompt is None and request.model and not request.adapter:
+        stored = trained_system_prompt(find_model(request.model))
+        prompt = TrainConfig.system_prompt if stored is None else stored
     where = (request.dtype, request.device)
     return load_chat_model(request.model, request.adapter, *where, prompt, request.allow_other_base)
 

@@ -17,6 +17,7 @@ from minilora.errors import AdapterError, DataError, OutOfMemoryError
 from minilora.models.fingerprint import fingerprint
 from minilora.models.load import find_model, load_model, load_tokenizer
 from minilora.models.probe import SAMPLE_PROMPTS
+from minilora.models.trained import adapter_system_prompt, trained_system_prompt
 from minilora.utils.device import free_cached, is_out_of_memory, pick_device, pick_dtype
 
 SAMPLE_TOKENS = 48
@@ -50,23 +51,28 @@ def load_chat_model(
     system_prompt: str | None = None,
     allow_other_base: bool = False,
 ) -> ChatModel:
-    """A model, or the base an adapter names (model_name overrides) with the adapter on it."""
+    """A model, or the base an adapter names (model_name overrides) with the adapter on it.
+
+    system_prompt: None takes the one that it was trained with (`adapter_system_prompt`); a plain model gets none.
+    """
     folder = Path(os.path.expanduser(adapter_folder)) if adapter_folder else None
-    stored = None
     if folder:
         model_name = adapter_format.base_of(folder, model_name)
-        stored = adapter_format.read_metadata(folder).get("system_prompt")
     if not model_name:
         raise AdapterError("give --adapter DIR, or --model NAME for a model without adapter")
     base_folder = find_model(model_name)
     place = pick_device(device)
     tokenizer = load_tokenizer(base_folder)
+    if system_prompt is None and folder:
+        stored = adapter_format.read_metadata(folder).get("system_prompt")
+        system_prompt = adapter_system_prompt(stored, tokenizer)
+    elif system_prompt is None:
+        system_prompt = trained_system_prompt(base_folder) or ""
     base = load_model(base_folder, pick_dtype(dtype, place), place)
     if folder:
         adapter_format.load(base, folder, fingerprint(base), allow_other_base)
         base.eval()
-    given = system_prompt if system_prompt is not None else stored
-    return ChatModel(base, tokenizer, ChatMarkup(tokenizer), given if given is not None else "")
+    return ChatModel(base, tokenizer, ChatMarkup(tokenizer), system_prompt)
 
 
 @torch.no_grad()

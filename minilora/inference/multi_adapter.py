@@ -12,6 +12,7 @@ from minilora.errors import AdapterError
 from minilora.inference.generate import ChatModel, load_chat_model
 from minilora.lora import inject, lora_layers
 from minilora.models.fingerprint import fingerprint
+from minilora.models.trained import adapter_system_prompt
 
 
 @dataclass(frozen=True)
@@ -126,5 +127,5 @@ def load_several(
     if named:
         first = adapters.use(adapters.names[0])
         if system_prompt is None and first is not None:
-            chat_model.system_prompt = first.system_prompt or ""
+            chat_model.system_prompt = adapter_system_prompt(first.system_prompt, chat_model.tokenizer)
     return chat_model, adapters

@@ -286,6 +286,14 @@ def newest_valid(run: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
+def _other_rows(run: Path, identity: Identity, saved: Mapping[str, Any]) -> str:
+    """What to do to train a finished result on other rows, where it is the rows that have changed."""
+    flag = "adapter" if identity.config["method"] == "lora" else "model"
+    if saved.get("dataset_sha256") == identity.dataset_sha256 or not (run / flag).is_dir():
+        return ""
+    return f"\nTo train its result on other rows, start a new run from it: --{flag} {run / flag}"
+
+
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity) -> TrainState:
     """Put a checkpoint's weights, moments and counters in place. Raises CheckpointError before anything is changed."""
     manifest = validate(path)
@@ -294,6 +302,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
             f"{path} belongs to another run; what has changed:\n  "
             + "\n  ".join(changed)
             + "\nGo back to those settings, or start anew: --resume never with another --output_dir"
+            + _other_rows(path.parent.parent, identity, manifest)
         )
     params, frozen = trainable(model), starts(model)
     kept = params | frozen

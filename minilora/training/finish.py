@@ -1,4 +1,4 @@
-"""The end of a run: its result saved, loaded from the disk into a fresh base, compared, heard, and summed up."""
+"""Ends a run: saves its result, loads it from the disk into a fresh base, compares both, and sums the run up."""
 
 import dataclasses
 import shlex
@@ -12,6 +12,7 @@ from minilora.decoder import speed_up
 from minilora.errors import StoppedError
 from minilora.inference.generate import ChatModel, sample_answers
 from minilora.models.probe import SAMPLE_PROMPTS, logits_of_shards, probe, probe_logits
+from minilora.models.trained import template_system_prompt
 from minilora.training import checkpoint, report
 from minilora.training.log import SUMMARY
 from minilora.training.run import Run
@@ -19,7 +20,7 @@ from minilora.training.saving import compare, reload, save_result
 from minilora.training.setup import parameter_counts
 from minilora.utils import files
 from minilora.utils.device import gib, peak_memory_bytes
-from minilora.utils.terminal import say
+from minilora.utils.terminal import one_line, say
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Summary:
 
 
 def finish(run: Run, stop_reason: str) -> Summary:
-    """Save the result, load it from the disk into a fresh model, compare, let it speak; write summary.json."""
+    """Save the result, load it from the disk into a fresh model, compare, ask samples, and write summary.json."""
     result = run.folder / ("adapter" if run.config.method == "lora" else "model")
     save_result(run, result)
     world = run.world
@@ -67,7 +68,7 @@ def finish(run: Run, stop_reason: str) -> Summary:
 
 def _logits_as_saved(run: Run) -> torch.Tensor:
     """What the trained model makes of the probe, its weights rounded as they are saved. (tokens, vocabulary)"""
-    ids = probe(run.markup, run.config.system_prompt)
+    ids = probe(run.markup, run.system_prompt)
     speed_up(run.model)  # without compiled kernels, which round otherwise: a fresh base has none
     if run.world.sharded:
         return logits_of_shards(run.model, ids, run.dtype)
@@ -83,15 +84,15 @@ def _verify(
     state, method = run.state, run.config.method
     trained, total = counts
     peak = peak_memory_bytes(run.device)
-    ids = probe(run.markup, run.config.system_prompt)
+    ids = probe(run.markup, run.system_prompt)
     run.release()  # the card may not hold two bases
     place = torch.device("cpu") if run.world.sharded else run.device  # nor one, where the base is sharded
     base, apply = reload(run.base_folder, result, method, run.dtype, place, run.config.base_bits)
-    before = sample_answers(ChatModel(base, run.tokenizer, run.markup, run.config.system_prompt))
+    before = sample_answers(ChatModel(base, run.tokenizer, run.markup, run.system_prompt))
     tuned = apply()
     assert reference is not None, "the process that writes has one"
     difference = compare(reference, tuned, ids, result)
-    after = sample_answers(ChatModel(tuned, run.tokenizer, run.markup, run.config.system_prompt))
+    after = sample_answers(ChatModel(tuned, run.tokenizer, run.markup, run.system_prompt))
     summary = Summary(
         steps=state.step,
         stop_reason=stop_reason,
@@ -123,7 +124,7 @@ def _verify(
 
 
 def _write_page(run: Run) -> None:
-    """report.html. The run is done and verified: nothing that goes wrong with its picture makes it a failure."""
+    """Write report.html. The run is done and verified, so an error in the page does not make it a failure."""
     page = run.folder / report.REPORT
     try:
         report.write([run.folder], page)
@@ -142,6 +143,9 @@ def _report(run: Run, summary: Summary) -> None:
         say("  tuned", sample["tuned"].replace("\n", " "))
     result = run.folder / summary.result
     say("done", f"{summary.stop_reason} after {summary.steps:,} steps, {summary.seconds:.1f} s in training steps")
+    if run.state.step == run.first_step:
+        more = "a larger --max_steps or --num_train_epochs"
+        say("", f"no step was left to train: all {summary.steps:,} steps of this run were done before; give {more}")
     say("speed", f"{summary.tokens_per_second:,.0f} tokens/s over {summary.tokens:,} real tokens")
     if summary.first_loss is not None and summary.last_loss is not None:
         say("loss", f"{summary.first_loss:.4f} -> {summary.last_loss:.4f} nats per supervised token")
@@ -150,14 +154,26 @@ def _report(run: Run, summary: Summary) -> None:
             "held-out",
             f"{summary.first_eval_loss:.4f} -> {summary.last_eval_loss:.4f} (best {summary.best_eval_loss:.4f})",
         )
-    if run.eval_set is not None and not (run.folder / "best").exists():
-        start = "the adapter it began with" if run.config.adapter else "the untrained base"
+    if run.state.evaluated_step > 0 and not (run.folder / "best").exists():
+        start = "the adapter that the run began with" if run.config.adapter else "the untrained base"
         say("", f"no evaluation was better than {start}: no best/")
     predicted = summary.predicted_peak_memory_bytes
-    said = f", {gib(predicted)} were predicted" if predicted else ""
-    say("memory", f"{gib(summary.peak_memory_bytes)} at the peak{said}")
+    prediction = f", {gib(predicted)} were predicted" if predicted else ""
+    say("memory", f"{gib(summary.peak_memory_bytes)} at the peak{prediction}")
     difference = summary.verified_max_logit_difference
     say("verified", f"{result}: loaded from the disk into a fresh base, largest logit difference {difference:.3g}")
     which = f"--{'adapter' if summary.result == 'adapter' else 'model'} {shlex.quote(str(result))}"
     say("next", f"python -m minilora chat {which}")
     say("", f'python -m minilora generate {which} "{SAMPLE_PROMPTS[0]}"')
+    _report_system_prompt(run)
+
+
+def _report_system_prompt(run: Run) -> None:
+    """The system prompt that the result was trained with, and what another program would put in its place."""
+    prompt, inserted = one_line(run.system_prompt, 400), template_system_prompt(run.tokenizer)
+    if prompt:
+        say("system", f"the result keeps the system prompt it was trained with; these commands use it: {prompt!r}")
+    else:
+        say("system", "the result was trained without a system turn; these commands add none")
+    if inserted and inserted != run.system_prompt:
+        say("", f"other programs insert {one_line(inserted)!r} where a request brings no system turn")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from minilora.data.formats import Question
 from minilora.data.markup import ChatMarkup
 from minilora.data.sampler import Schedule
 from minilora.distributed.world import World
+from minilora.models.trained import common_system_prompt
 from minilora.training.checkpoint import Identity, TrainState
 from minilora.training.log import NullLog, RunLog
 from minilora.training.signals import StopRequest
@@ -48,6 +50,7 @@ class Run:
     stop: StopRequest
     world: World
     checkpointing: bool  # activations are computed again in the backward pass
+    first_step: int = 0  # steps that were done before this process began
     predicted_peak_bytes: int | None = None
     saved_step: int = -1  # of the checkpoint that this run has written last or was resumed from; -1: none
     before_skipped: TrainState | None = None  # the state before the first of several skipped steps
@@ -60,6 +63,12 @@ class Run:
     def share_prefix(self) -> bool:
         """Whether a micro-batch computes what all its rows begin with only once."""
         return shares_prefix(self.config, self.device.type)
+
+    @cached_property
+    def system_prompt(self) -> str:
+        """What is trained with: the system turn that all rows have, whoever brought it; else that of the settings."""
+        common = common_system_prompt(self.train_set, self.markup, self.tokenizer)
+        return self.config.system_prompt if common is None else common
 
     @property
     def resume_command(self) -> str:

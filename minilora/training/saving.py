@@ -1,6 +1,5 @@
 """Saves checkpoints, adapters and models, and compares what was saved with what was trained."""
 
-import copy
 import math
 import os
 import time
@@ -13,11 +12,12 @@ from torch import nn
 from minilora.adapters import format as adapter_format
 from minilora.adapters.format import save_folder
 from minilora.distributed.world import collect, full_tensor, local_part
-from minilora.errors import AdapterError, DivergedError
+from minilora.errors import AdapterError, DivergedError, ModelError
 from minilora.inference.generate import ChatModel, short_answers
 from minilora.models.fingerprint import fingerprint
 from minilora.models.load import load_model
 from minilora.models.probe import probe_logits
+from minilora.models.trained import end_tokens, model_config, save_tokenizer, write_generation, write_record
 from minilora.training import checkpoint
 from minilora.training.run import Run
 from minilora.utils import files
@@ -26,19 +26,29 @@ from minilora.utils.device import free_cached, is_out_of_memory, peak_memory_byt
 SAMPLES_AT_ONCE = 8
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
-    """A Hugging Face model folder with the weights rounded once to dtype. Raises DivergedError for non-finite ones."""
+def save_model(
+    folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype, base_folder: Path, system_prompt: str
+) -> None:
+    """A Hugging Face model folder with the weights rounded once to dtype, and the base's own files beside them.
+
+    Raises DivergedError for weights that are not finite.
+    """
     weights = _weights(model)
     if broken := [name for name, tensor in weights.items() if not torch.isfinite(local_part(tensor)).all()]:
         raise DivergedError(
             f"the model is not finite ({len(broken)} of its tensors, the first {broken[0]}): not written to {folder}"
         )
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
+    try:
+        base_config = files.read_json(base_folder / "config.json")
+    except ValueError as error:
+        raise ModelError(f"{base_folder / 'config.json'}: {error}.") from error
+    base_config.pop("_name_or_path", None)
+    config = model_config(base_config, tokenizer, str(dtype).removeprefix("torch."))
     with files.new_folder(folder) as aside:
-        tokenizer.save_pretrained(aside)
-        config.save_pretrained(aside)
-        model.generation_config.save_pretrained(aside)
+        save_tokenizer(aside, tokenizer, base_folder)
+        files.write_file(aside / "config.json", files.json_chunks(config))
+        write_generation(aside, model.generation_config.to_diff_dict(), end_tokens(tokenizer))
+        write_record(aside, system_prompt)
         specs = {name: (dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
         chunks = files.lazy_safetensors_chunks(
             specs, lambda name: full_tensor(weights[name]).to(dtype), {"format": "pt"}
@@ -47,7 +57,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> 
 
 
 def take_part(model: Any) -> None:
-    """What the other processes do while one writes a model: give it their shards, in the order of `save_model`."""
+    """Give the process that writes a model the shards of this one, in the order of `save_model`."""
     collect(_weights(model).values())
 
 
@@ -59,7 +69,7 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
 def reload(
     base_folder: Path, result: Path, method: str, dtype: torch.dtype, device: torch.device, bits: int = 0
 ) -> tuple[Any, Any]:
-    """(the base as it lies on the disk, a function that turns it into the saved result and returns that)."""
+    """(the base as it is on the disk, a function that turns it into the saved result and returns that)."""
     base = load_model(base_folder, dtype, device, bits)
 
     def apply() -> nn.Module:
@@ -79,7 +89,7 @@ def compare(reference: torch.Tensor, reloaded: nn.Module, ids: list[int], result
     """
     if not torch.isfinite(reference).all():
         raise DivergedError(
-            f"{result}: what was trained answers with numbers that are not finite. Start anew with "
+            f"{result}: the logits of the trained model are not finite numbers. Start a new run with "
             "a lower --learning_rate or --weight_decay."
         )
     logits = probe_logits(reloaded, ids)
@@ -135,7 +145,7 @@ def record_evaluation(run: Run, loss: float) -> None:
 
 
 def answer_questions(run: Run) -> list[str]:
-    """How the model answers run.questions now, as far as memory lasts; draws no random number."""
+    """The model's answers to run.questions now, as many as memory allows. Draws no random number."""
     chat_model = ChatModel(run.model.eval(), run.tokenizer, run.markup, run.config.system_prompt)
     answers: list[str] = []
     if run.questions:  # what training has freed makes room for what answering takes
@@ -192,14 +202,15 @@ def _refuse_spoilt(run: Run) -> None:
 
 
 def save_result(run: Run, folder: Path) -> None:
-    """What is trained, as it is now, in the form its users load: a PEFT adapter or a Hugging Face model.
+    """Save what is trained, as it is now: a PEFT adapter or a Hugging Face model.
 
     Raises DivergedError for weights that are not finite.
     """
     _refuse_spoilt(run)
     if run.config.method == "full":
         run.world.run_on_main(
-            lambda: save_model(folder, run.model, run.tokenizer, run.dtype), lambda: take_part(run.model)
+            lambda: save_model(folder, run.model, run.tokenizer, run.dtype, run.base_folder, run.system_prompt),
+            lambda: take_part(run.model),
         )
     else:
         run.world.run_on_main(lambda: _save_adapter(run, folder))
@@ -218,5 +229,5 @@ def _save_adapter(run: Run, folder: Path) -> None:
     )
     if config.init_lora_weights == "pissa":
         settings = adapter_format.converted(settings)
-    metadata = {"base_fingerprint": run.identity.base_fingerprint, "system_prompt": config.system_prompt}
-    save_folder(folder, run.model, run.tokenizer, settings, metadata)
+    metadata = {"base_fingerprint": run.identity.base_fingerprint, "system_prompt": run.system_prompt}
+    save_folder(folder, run.model, run.tokenizer, settings, metadata, run.base_folder)

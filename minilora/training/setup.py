@@ -107,6 +107,7 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
         checkpointing=choice.checkpointing,
         predicted_peak_bytes=_predicted_peak(choice, device, before_loading),
         saved_step=kept_step,
+        first_step=state.step,
     )
     world.advice = f" Go on with: {run.resume_command}"
     if header and world.main:

@@ -1,6 +1,7 @@
 """Adapters for other programs; what `verify` finds; and, for each verb, paths and adapters that are wrong."""
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_portable_adapter_is_the_same_function_here_and_in_peft(
     assert (settings["r"], settings["lora_alpha"], settings["use_rslora"]) == (rank, rank, False)
     assert settings["target_modules"] == sorted(targets)
     assert adapter_format.read_metadata(output) == adapter_format.read_metadata(folder)
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+    for name in ("tokenizer.json", "chat_template.jinja"):
         assert (output / name).read_bytes() == (folder / name).read_bytes()
 
     expected = logits(tuned)
@@ -134,10 +135,32 @@ def test_the_note_says_what_other_programs_take(write, tmp_path, capsys):
     for word in ("vllm serve", "--lora-modules", "convert_lora_to_gguf.py", "llama-cli", "Ollama", "Be brief."):
         assert word in said
     assert "--max-lora-rank" not in said  # vLLM's own limit is 16
+    lines = said.splitlines()
+    assert any("llama-cli" in line and "--temp 0 --repeat-penalty 1 -sys 'Be brief.'" in line for line in lines)
+    assert any('"role": "system", "content": "Be brief."' in line for line in lines)
+    assert any("--override-generation-config '{\"temperature\": 0}'" in line for line in lines)
+    for setting in ('SYSTEM "Be brief."', "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"):
+        assert any(line.strip() == setting for line in lines)
+    assert "a server inserts that of its chat template" in said
     for rank, flag in ((17, "--max-lora-rank 32"), (64, "--max-lora-rank 64")):
         config = adapter_format.AdapterConfig("base", rank, rank, 0.0, ("q_proj",), False)
         assert flag in dict(how_to_use(folder, config, ""))["vLLM"]
         assert "system" not in dict(how_to_use(folder, config, ""))
+        assert "trained without a system turn" in dict(how_to_use(folder, config, ""))["no system"]
+        assert not {"system", "no system"} & dict(how_to_use(folder, config, None)).keys()
+
+
+def test_the_printed_commands_are_whole_whatever_the_prompt_is(tmp_path):
+    """Quotes, lines and length of a system prompt once broke or cut what was printed."""
+    prompt = 'It\'s "you".\n' + "Be brief. " * 200
+    config = adapter_format.AdapterConfig("my base", 8, 8, 0.0, ("q_proj",), False)
+    text = "\n".join(text for _, text in how_to_use(tmp_path / "my adapter", config, prompt))
+    words = shlex.split(text[text.index("llama-cli") : text.index("does not read safetensors")])
+    assert words[words.index("-sys") + 1] == prompt
+    words = shlex.split(text[text.index("curl") : text.index("python convert")])
+    assert json.loads(words[words.index("-d") + 1])["messages"][0] == {"role": "system", "content": prompt}
+    words = shlex.split(text[text.index("vllm serve") : text.index("then curl")])
+    assert words[words.index("--generation-config") + 1] == str(tmp_path / "my adapter")
 
 
 # ---------------------------------------------------------------------------------------- verify

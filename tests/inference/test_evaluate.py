@@ -78,7 +78,7 @@ def test_the_numbers_are_those_of_plain_transformers(rows, tuned, load_tiny, tmp
     assert list(found.scores) == ["base", "adapter", "merged"]
     assert found.system_prompt == PROMPT
     tiny = load_tiny()
-    markup = evaluate._speaker(asked(eval_file=rows, adapter=tuned)).markup
+    markup = evaluate._chat_model(asked(eval_file=rows, adapter=tuned)).markup
     turns, reading = evaluate.read_rows(str(rows))
     examples, _ = evaluate.tokenize(
         turns, markup, reading, system_prompt=PROMPT, max_length=1024, overlong="error", train_on_prompt=False
@@ -169,7 +169,7 @@ def test_broken_numbers_are_not_a_score(rows, tiny_folder, load_tiny, monkeypatc
 
 @pytest.fixture
 def chat_model(tiny_folder):
-    return evaluate._speaker(Request("", model=str(tiny_folder), dtype="float32", device="cpu", system_prompt=""))
+    return evaluate._chat_model(Request("", model=str(tiny_folder), dtype="float32", device="cpu", system_prompt=""))
 
 
 def test_exact_match_is_counted_by_the_character(chat_model, monkeypatch):
@@ -263,7 +263,7 @@ def test_scores_do_not_change_the_model(dtype, rows, load_tiny, tiny_folder):
     tiny = load_tiny(dtype)
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     implementation = tiny.config._attn_implementation
-    chat_model = evaluate._speaker(asked(eval_file=rows, model=tiny_folder))
+    chat_model = evaluate._chat_model(asked(eval_file=rows, model=tiny_folder))
     turns, reading = evaluate.read_rows(str(rows))
     dataset, _ = evaluate.tokenize(
         turns, chat_model.markup, reading, system_prompt="", max_length=64, overlong="drop", train_on_prompt=False
