@@ -12,27 +12,39 @@ import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-import worlds
-from hypothesis import settings
-from torch.utils._python_dispatch import TorchDispatchMode
+FOREIGN = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_", "LC_", "TORCHINDUCTOR_", "TORCHELASTIC_", "OMP_", "MKL_")
+FOREIGN_NAMES = {
+    *("LANG", "LANGUAGE", "TZ", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TOKENIZERS_PARALLELISM"),
+    *("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "RANK", "WORLD_SIZE"),
+}
+for _name in [name for name in os.environ if name.startswith(FOREIGN) or name in FOREIGN_NAMES]:
+    del os.environ[_name]  # before torch and transformers read them: the tests do not depend on who runs them
+os.environ["LANG"] = "C.UTF-8"
+time.tzset()
 
-from minilora import demo, loop
-from minilora.adapters import format as adapter_format
-from minilora.config import TrainConfig
-from minilora.data.dataset import IGNORE, Example
-from minilora.lora import inject, lora_layers
-from minilora.models import fingerprint, probe
-from minilora.models import load as loading
-from minilora.training import finish, setup
-from minilora.training.memory_estimate import Choice
-from minilora.training.run import Run
-from minilora.training.setup import prepare
-from minilora.training.signals import StopRequest
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import worlds  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "minilora-hypothesis"))
+from minilora import demo, loop  # noqa: E402
+from minilora.adapters import format as adapter_format  # noqa: E402
+from minilora.config import TrainConfig  # noqa: E402
+from minilora.data.dataset import IGNORE, Example  # noqa: E402
+from minilora.lora import inject, lora_layers  # noqa: E402
+from minilora.models import fingerprint, probe  # noqa: E402
+from minilora.models import load as loading  # noqa: E402
+from minilora.training import finish, setup  # noqa: E402
+from minilora.training.memory_estimate import Choice  # noqa: E402
+from minilora.training.run import Run  # noqa: E402
+from minilora.training.setup import prepare  # noqa: E402
+from minilora.training.signals import StopRequest  # noqa: E402
+
+os.environ.setdefault(
+    "HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), f"minilora-hypothesis-{os.getuid()}")
+)
 settings.register_profile("minilora", database=None, derandomize=True, deadline=None)
 settings.load_profile("minilora")
 
