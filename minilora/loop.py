@@ -53,10 +53,10 @@ def evaluate_and_save(run: Run) -> None:
     """What is due between two steps: an evaluation (and best/ when it is the best), a checkpoint."""
     config, state = run.config, run.state
     done = state.step > 0 and run.schedule.ends_epoch(state.step - 1)
-    eval_due = state.step == 0 or (state.step % config.eval_steps == 0 if config.eval_steps else done)
+    last = state.step >= run.schedule.num_steps
+    eval_due = state.step == 0 or last or (state.step % config.eval_steps == 0 if config.eval_steps else done)
     if run.eval_set is not None and eval_due and state.evaluated_step != state.step:
         record_evaluation(run, evaluate(run, run.eval_set))
-    last = state.step >= run.schedule.num_steps
     if state.step and (last or (state.step % config.save_steps == 0 if config.save_steps else done)):
         save_checkpoint(run)
 

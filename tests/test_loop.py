@@ -375,6 +375,20 @@ def test_early_stopping(make_config, monkeypatch):
         ) == (digest(expected))
 
 
+@pytest.mark.parametrize(("eval_steps", "evaluated"), [(3, [0, 3, 4]), (1000, [0, 4])])
+def test_the_last_step_is_evaluated(make_config, eval_steps, evaluated):
+    """With --eval_steps 100 the result of 240 steps once got the held-out loss of step 200."""
+    config = make_config(val_size=0.1, eval_steps=eval_steps)
+    summary = loop.train(config)
+    evaluations = lines(config.output_dir)[1]
+    assert [line["step"] for line in evaluations] == evaluated
+    assert summary.last_eval_loss == evaluations[-1]["eval_loss"]
+    best = Path(config.output_dir) / "best"
+    assert checkpoint.saved_step(best) == summary.steps == 4
+    state = checkpoint.read_state(checkpoint.checkpoint_path(Path(config.output_dir), 4))
+    assert (state.best_step, state.evaluated_step) == (4, 4)
+
+
 # ---------------------------------------------------------------------------------------- stop and resume
 
 SIX_STEPS = {
@@ -540,6 +554,65 @@ def test_a_run_taken_back_to_an_older_checkpoint_leaves_none_of_the_abandoned_wa
     newest, _ = checkpoint.newest_valid(folder)
     assert newest == checkpoint.checkpoint_path(folder, 4)
     assert digest(load_file(newest / checkpoint.WEIGHTS)) == digest(kept)
+
+
+@pytest.fixture(params=["lora", "full"])
+def descending(request, make_config, monkeypatch):
+    """The config of a finished run whose evaluations are those of LOSSES, a better one at each of its 4 steps."""
+    monkeypatch.setattr(loop, "evaluate", lambda run, dataset: LOSSES[run.state.step])
+    keys = {"method": "full", "learning_rate": 1e-4} if request.param == "full" else {}
+    config = make_config(val_size=0.1, eval_steps=1, save_steps=1, save_total_limit=0, **keys)
+    loop.train(config)
+    return config
+
+
+LOSSES = [9.0, 8.0, 7.0, 6.0, 5.0]
+
+
+def test_best_goes_with_the_steps_that_are_abandoned(descending, monkeypatch, capsys):
+    """best/ of step 4 once stayed after the run had gone back to step 2, and was called the best of the new branch."""
+    folder = Path(descending.output_dir)
+    back = dataclasses.replace(descending, resume=str(checkpoint.checkpoint_path(folder, 2)), max_steps=3)
+    monkeypatch.setattr(loop, "evaluate", lambda run, dataset: 8.5)
+    real, seen = loop.train_step, []
+
+    def train_step(run):
+        seen.append(checkpoint.saved_step(folder / "best"))
+        return real(run)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    capsys.readouterr()
+    summary = loop.train(back)
+    assert "step-000004, step-000003, best: saved after this checkpoint" in capsys.readouterr().out
+    assert seen == [4]  # nothing is lost before the new branch is on the disk
+    assert summary.best_eval_loss == 7.0
+    assert not (folder / "best").exists()
+
+
+def test_best_goes_when_the_run_ends_at_an_earlier_checkpoint(descending):
+    folder = Path(descending.output_dir)
+    loop.train(dataclasses.replace(descending, resume=str(checkpoint.checkpoint_path(folder, 2)), max_steps=2))
+    assert not (folder / "best").exists()
+
+
+def test_best_stays_where_the_checkpoint_knows_it(make_config, monkeypatch):
+    """Steps 3 and 4 were no better than step 2: best/ is of step 2, before and after the run goes back there."""
+    losses = [9.0, 8.0, 7.0, 7.5, 7.5]
+    monkeypatch.setattr(loop, "evaluate", lambda run, dataset: losses[run.state.step])
+    config = make_config(val_size=0.1, eval_steps=1, save_steps=1, save_total_limit=0)
+    loop.train(config)
+    folder = Path(config.output_dir)
+    loop.train(dataclasses.replace(config, resume=str(checkpoint.checkpoint_path(folder, 2)), max_steps=3))
+    assert checkpoint.saved_step(folder / "best") == 2
+
+
+def test_best_of_version_0_1_has_no_step(make_config, tmp_path):
+    """It stays when its run goes on, and goes when its run goes back to an earlier checkpoint."""
+    old = checkpoint.TrainState(step=2)
+    save_file({"x": torch.zeros(1)}, (tmp_path / "best").mkdir() or tmp_path / "best" / "adapter_model.safetensors")
+    assert not checkpoint.best_is_abandoned(tmp_path, old)
+    checkpoint.checkpoint_path(tmp_path, 3).mkdir(parents=True)
+    assert checkpoint.best_is_abandoned(tmp_path, old)
 
 
 def test_a_new_token_budget_is_obeyed_by_a_resumed_run(copied, start):

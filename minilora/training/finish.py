@@ -53,7 +53,7 @@ def finish(run: Run, stop_reason: str) -> Summary:
     save_result(run, result)
     world = run.world
     world.run_on_main(
-        lambda: checkpoint.remove_after(run.folder, run.state.step)
+        lambda: checkpoint.remove_abandoned(run.folder, run.state)
     )  # it ends here, whatever it went back from
     with run.stop.interruptible() if world.main else nullcontext():  # the rest only looks at what is saved
         counts = parameter_counts(run.model)

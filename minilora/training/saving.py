@@ -26,7 +26,7 @@ from minilora.utils.device import free_cached, is_out_of_memory, peak_memory_byt
 SAMPLES_AT_ONCE = 8
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype, step: int) -> None:
     """A Hugging Face model folder with the weights rounded once to dtype. Raises DivergedError for non-finite ones."""
     weights = _weights(model)
     if broken := [name for name, tensor in weights.items() if not torch.isfinite(local_part(tensor)).all()]:
@@ -41,7 +41,7 @@ def save_model(folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype) -> 
         model.generation_config.save_pretrained(aside)
         specs = {name: (dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
         chunks = files.lazy_safetensors_chunks(
-            specs, lambda name: full_tensor(weights[name]).to(dtype), {"format": "pt"}
+            specs, lambda name: full_tensor(weights[name]).to(dtype), {"format": "pt", "step": str(step)}
         )
         files.write_file(aside / "model.safetensors", chunks)
 
@@ -124,9 +124,9 @@ def record_evaluation(run: Run, loss: float) -> None:
     run.log.evaluation({"step": state.step, "eval_loss": loss if math.isfinite(loss) else None}, best)
     run.log.samples(state.step, zip(run.questions, answers, strict=False))
     if math.isfinite(loss) and (best is None or loss < best):
-        state.best_eval_loss, state.evals_since_best = loss, 0
+        state.best_eval_loss, state.best_step, state.evals_since_best = loss, state.step, 0
         if state.step:
-            save_result(run, run.folder / "best")
+            save_result(run, run.folder / checkpoint.BEST)
     else:
         state.evals_since_best += 1
     state.first_eval_loss = loss if state.step == 0 and math.isfinite(loss) else state.first_eval_loss
@@ -199,7 +199,8 @@ def save_result(run: Run, folder: Path) -> None:
     _refuse_spoilt(run)
     if run.config.method == "full":
         run.world.run_on_main(
-            lambda: save_model(folder, run.model, run.tokenizer, run.dtype), lambda: take_part(run.model)
+            lambda: save_model(folder, run.model, run.tokenizer, run.dtype, run.state.step),
+            lambda: take_part(run.model),
         )
     else:
         run.world.run_on_main(lambda: _save_adapter(run, folder))
@@ -219,4 +220,5 @@ def _save_adapter(run: Run, folder: Path) -> None:
     if config.init_lora_weights == "pissa":
         settings = adapter_format.converted(settings)
     metadata = {"base_fingerprint": run.identity.base_fingerprint, "system_prompt": config.system_prompt}
+    metadata["step"] = str(run.state.step)
     save_folder(folder, run.model, run.tokenizer, settings, metadata)

@@ -227,7 +227,7 @@ def _choose_cut(
     """
     config = setup.config
     asked = config.max_tokens_per_micro_batch if config.packing else 1  # smaller than any example: each goes alone
-    if not asked and resumed_from is not None and (before := checkpoint.asked_tokens(resumed_from)) > 1:
+    if not asked and resumed_from is not None and (before := checkpoint.read_state(resumed_from).asked_tokens) > 1:
         asked = before if device.type == "cuda" else 0
     first_step = [train_set[i] for i in schedule.examples_of(0)]
     most = default_tokens(device.type, first_step, shares_prefix(config, device.type))
