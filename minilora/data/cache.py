@@ -26,6 +26,7 @@ from minilora.data.report import DataReport
 from minilora.data.rows import stream_rows
 from minilora.errors import DataError, StorageError
 from minilora.utils import files
+from minilora.utils.terminal import is_quiet
 
 CACHE_FROM_BYTES = 16 * 2**20  # of a file: what is smaller takes seconds, and is not worth a copy on the disk
 UNPACKED = 8  # bytes of text that a byte of a .gz may stand for
@@ -166,4 +167,4 @@ def _alone(place: Path) -> Iterator[None]:
 def _progress(report: DataReport, on_bad_rows: str) -> Iterator[Any]:
     """The rows of a file, with a bar where somebody looks."""
     rows = stream_rows(report, on_bad_rows)
-    return iter(tqdm(rows, desc=f"tokenising {report.file}", unit=" rows", disable=None, leave=False))
+    return iter(tqdm(rows, desc=f"tokenising {report.file}", unit=" rows", disable=is_quiet() or None, leave=False))

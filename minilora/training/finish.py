@@ -51,6 +51,7 @@ def finish(run: Run, stop_reason: str) -> Summary:
     """Save the result, load it from the disk into a fresh model, compare, let it speak; write summary.json."""
     result = run.folder / ("adapter" if run.config.method == "lora" else "model")
     save_result(run, result)
+    run.saved_result = result
     world = run.world
     world.run_on_main(
         lambda: checkpoint.remove_abandoned(run.folder, run.state)
@@ -117,6 +118,7 @@ def _verify(
         ],
     )
     files.replace_file(run.folder / SUMMARY, files.json_chunks(dataclasses.asdict(summary)))
+    run.stop.finished()
     _report(run, summary)
     _write_page(run)
     return summary

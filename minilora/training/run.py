@@ -50,11 +50,20 @@ class Run:
     checkpointing: bool  # activations are computed again in the backward pass
     predicted_peak_bytes: int | None = None
     saved_step: int = -1  # of the checkpoint that this run has written last or was resumed from; -1: none
+    saved_result: Path | None = None  # the adapter or model, when the run is over
     before_skipped: TrainState | None = None  # the state before the first of several skipped steps
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 matrix products where the run computes in bf16."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    @property
+    def stop_reason(self) -> str:
+        """Why no step is left to train; empty while there is one."""
+        if self.state.step >= self.schedule.num_steps:
+            return "completed"
+        patience = self.config.early_stopping_patience
+        return "early stopping" if patience and self.state.evals_since_best >= patience else ""
 
     @property
     def share_prefix(self) -> bool:

@@ -186,7 +186,6 @@ def _trainable_model(
 
     begun: the adapter whose values the run begins with
     """
-    torch.backends.cuda.matmul.allow_tf32 = True  # fp32 products may use tensor cores
     place = torch.device("cpu") if config.fsdp else device  # it may be larger than one device
     model: Any = load_model(base_folder, torch.float32 if config.method == "full" else dtype, place, config.base_bits)
     base_fingerprint = fingerprint(model)
@@ -274,6 +273,10 @@ def _header(run: Run, reports: list[DataReport], notes: list[str]) -> None:
         base = " and a part of every layer of the base" * run.world.sharded
         say("processes", f"{run.world.size}, each takes its share of a step's tokens{base}")
     say("steps", f"{schedule.num_steps:,} ({schedule.steps_per_epoch:,} an epoch), from step {run.state.step:,}")
+    if run.stop_reason == "completed":
+        say("", f"all {schedule.num_steps:,} steps are done: nothing is left to train")
+    elif run.stop_reason:
+        say("", f"early stopping has ended this run at step {run.state.step:,}: nothing is left to train")
     say("device", f"{device_name(run.device)}, matrix products in {str(run.dtype).removeprefix('torch.')}")
     peak = f", {gib(run.predicted_peak_bytes)} predicted at the peak" if run.predicted_peak_bytes else ""
     say("memory", f"{gib(memory_bytes(run.device))} in use before training{peak}")
