@@ -1,6 +1,7 @@
 """The command line: one verb per job. Errors become one clear message and an exit code, never a traceback."""
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minilora import __version__
-from minilora.config import FIELDS, TYPES, TrainConfig, choices, nearest, presets, read_source, resolve
+from minilora.config import FIELDS, TYPES, TrainConfig, as_number, choices, nearest, presets, read_source, resolve
 from minilora.errors import ConfigError, MiniloraError, printable
 
 PROG = "minilora"
 LAST_WORDS_S = 1.0
+BOOLEAN_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0", "none")  # the first two are accepted
+NEGATIVE = re.compile(r"-\.?\d")
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,15 +34,52 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse all of argv; an unknown flag is answered with the nearest one."""
         end = argv.index("--") if "--" in argv else len(argv)  # what follows is text, whatever it looks like
-        args, unknown = self.parse_known_args([*map(normal, argv[:end]), *argv[end:]])
+        args, unknown = self.parse_known_args([*self.with_own_values(list(map(normal, argv[:end]))), *argv[end:]])
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
             flags = [word for word in unknown if re.match(r"--?[^\W\d]", word)]
             hints = []
             for word in flags or unknown:  # what follows an unknown flag is its value, no second mistake
-                hints.append(f"unknown argument {word!r}.{nearest(word.partition('=')[0], known)}")
+                hint = nearest(word.partition("=")[0], known)
+                if word.startswith("--preset") and hasattr(args, "source"):
+                    hint = f" A preset is named without a flag: {self.prog} demo."
+                hints.append(f"unknown argument {word!r}.{hint}")
             raise ConfigError(f"{' '.join(hints)} See {self.prog} --help")
         return args
+
+    def with_own_values(self, words: list[str]) -> list[str]:
+        """The words with the values of a flag behind an equals sign, where argparse would take too many or too few.
+
+        A boolean flag takes no other word than one that is meant as a boolean; a flag with several values does not take
+        a preset or a TOML file; a negative number is a value.
+        """
+        nargs = {flag: action.nargs for action in self._actions for flag in action.option_strings}
+        found = []
+        while words:
+            word, *words = words
+            kind, count = nargs.get(word, 0), 0
+            if kind == "?":
+                count = int(bool(words) and words[0].lower() in BOOLEAN_WORDS)
+                word += "" if count else "=true"
+            elif kind == "+":
+                count = len(list(itertools.takewhile(is_value, words)))
+                if not count:
+                    self.error(f"argument {word}: expected at least one argument")
+            elif kind is None:
+                count = int(bool(words) and bool(NEGATIVE.match(words[0])))
+            found.append(f"{word}={','.join(words[:count])}" if count else word)
+            words = words[count:]
+        return found
+
+
+def is_source(word: str) -> bool:
+    """Whether a word names a preset or a TOML file."""
+    return word.endswith(".toml") or word in presets()
+
+
+def is_value(word: str) -> bool:
+    """Whether a word after a flag with several values is one of them."""
+    return not is_source(word) and (not word.startswith("-") or bool(NEGATIVE.match(word)))
 
 
 def normal(word: str) -> str:
@@ -142,17 +182,23 @@ def tune_command(argv: Sequence[str]) -> int:
         "Nothing of it is kept.",
     )
     text = "try all of these (default: --learning_rate, then by half decades from 1e-3, with method full from 1e-5)"
-    parser.add_argument("--rates", nargs="+", type=float, default=[], metavar="RATE", help=text)
+    parser.add_argument("--rates", nargs="+", default=[], metavar="RATE", help=text)
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps at each rate (default: 2)")
     parser.add_argument("--rows", type=int, default=8, help="rows of a step (default: 8)")
     parser.add_argument("--held_out", type=int, default=8, help="rows by which a rate is judged (default: 8)")
     args = vars(parser.parse(argv))
-    source, *asked = (args.pop(name) for name in ("source", "rates", "steps", "rows", "held_out"))
+    source, given, *counts = (args.pop(name) for name in ("source", "rates", "steps", "rows", "held_out"))
+    rates = []
+    for text in ",".join(given).split(",") if given else ():
+        try:
+            rates.append(as_number(float, text))
+        except ValueError as error:
+            raise ConfigError(f"--rates = {text!r} {error}: give numbers, separated by spaces or commas") from error
     config = config_of(source, args)
 
     from minilora.tools.tune import Search, tune
 
-    tune(config, Search(tuple(sorted(set(asked[0]))), *asked[1:]))
+    tune(config, Search(tuple(sorted(set(rates))), *counts))
     return 0
 
 
@@ -528,7 +574,8 @@ def run(argv: Sequence[str]) -> int:
         print(f"{PROG} {__version__}")
         return 0
     if argv[0] not in VERBS:
-        raise ConfigError(f"there is no verb {argv[0]!r} ({', '.join(VERBS)}).{nearest(argv[0], VERBS)}")
+        hint = f" Did you mean {PROG} train {argv[0]}?" if is_source(argv[0]) else nearest(argv[0], VERBS)
+        raise ConfigError(f"there is no verb {argv[0]!r} ({', '.join(VERBS)}).{hint}")
     if argv[0] != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError(f"only train runs in several processes: start {PROG} {argv[0]} without torchrun")
     return VERBS[argv[0]][0](argv[1:])

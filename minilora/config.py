@@ -119,7 +119,17 @@ class TrainConfig:
     save_total_limit: int = _key(2, "checkpoints kept; 0: all", ge=0)
 
     def __post_init__(self) -> None:
-        if found := problems(self):
+        """Read every value as its flag is read, and raise ConfigError with all problems, one a line."""
+        found = []
+        for name, field in FIELDS.items():
+            given = getattr(self, name)
+            try:
+                value = coerce(name, given)
+            except ValueError as error:
+                found.append(f"{name} = {SHORT.repr(given)} {error}.")
+                value = field.default  # so that the other values can be checked
+            object.__setattr__(self, name, value)
+        if found := found + problems(self):
             raise ConfigError("\n".join(found))
 
     @property
@@ -172,9 +182,15 @@ def problems(config: TrainConfig) -> list[str]:
     if twice := [path for path, place in zip(files, places, strict=True) if places.count(place) > 1]:
         found.append(f"train_file names {twice[0]} twice: give it a weight of 2, see train_weights.")
     if weights and len(weights) != len(files):
-        found.append(f"train_weights has {len(weights)} numbers, train_file {len(files)} names: give one for each.")
+        found.append(
+            f"train_weights has {len(weights)} number{'s' * (len(weights) > 1)} ({', '.join(map(str, weights))}), but "
+            f"train_file names {len(files)}: give one number for each file, or an empty train_weights."
+        )
     if config.eval_file and config.val_size:
-        found.append("eval_file and val_size are two ways to evaluate: give one of them.")
+        found.append(
+            f"eval_file = {config.eval_file!r} and val_size = {config.val_size} both set rows for evaluation: give one "
+            "of them. eval_file = none or val_size = 0 removes the other."
+        )
     if not re.fullmatch(DEVICE, config.device):
         found.append(f"device = {config.device!r} is not one of auto, cpu, cuda, cuda:N.")
     if config.early_stopping_patience and not (config.eval_file or config.val_size):
@@ -237,26 +253,25 @@ def resolve(
 
     begun: the keys of the adapter to go on from: over those of the run and of a preset, which knows only of new ones,
     under those of a TOML file and the flags.
-    An eval_file belongs to the train_file it was named with: a layer with another train_file or a val_size drops it;
-    so do train_weights.
+    A preset's eval_file belongs to the preset's train_file: flags with a train_file or a val_size leave it out. A TOML
+    file or a run keeps its keys, and values that contradict each other are an error.
     Raises ConfigError with every problem of every layer, one a line.
     """
     layers = [("the run's config.json", dict(base or {}))]
     if source is not None:
-        layers.append((source, read_source(source)))
+        layer = read_source(source)
+        if not source.endswith(".toml") and flags.keys() & {"train_file", "val_size"}:
+            layer.pop("eval_file", None)
+        layers.append((source, layer))
     if begun is not None:
         layers.insert(len(layers) - (source or "").endswith(".toml"), ("the adapter", dict(begun)))
     layers.append(("the command line", dict(flags)))
     values: dict[str, Any] = {}
     found: list[str] = []
     for where, layer in layers:
-        if ("train_file" in layer or "val_size" in layer) and "eval_file" not in layer:
-            values.pop("eval_file", None)
-        if "train_file" in layer and "train_weights" not in layer:
-            values.pop("train_weights", None)
         for name, given in layer.items():
             if name not in FIELDS:
-                found.append(f"{where}: there is no key {SHORT.repr(name)}.{nearest(name[:99], FIELDS)}")
+                found.append(f"{where}: there is no key {SHORT.repr(name)}{_instead(name, given)}")
                 continue
             try:
                 values[name] = coerce(name, given)
@@ -266,6 +281,17 @@ def resolve(
         good = {name: value for name, value in values.items() if name in FIELDS}
         raise ConfigError("\n".join(found + _limits_of(good)))
     return TrainConfig(**values)
+
+
+def _instead(name: str, given: Any) -> str:
+    """What to do about a key that does not exist, behind its name."""
+    if name not in ("preset", "presets"):
+        return f".{nearest(name[:99], FIELDS)}"
+    file = presets().get(given, PRESET_DIR) if isinstance(given, str) else PRESET_DIR
+    return (
+        f": a file does not take over a preset. Copy the keys that you want from {file}, "
+        "or name the preset on the command line in place of the file."
+    )
 
 
 def _limits_of(values: dict[str, Any]) -> list[str]:
@@ -311,8 +337,10 @@ def read_source(source: str) -> dict[str, Any]:
 
 
 def coerce(name: str, given: Any) -> Any:
-    """A value from TOML, JSON or the command line (text, or a list of texts) in the type of its key."""
+    """A value from TOML, JSON, Python or the command line in the type of its key. Raises ValueError."""
     hint = TYPES[name]
+    if name in PATHS and isinstance(given, Path):
+        given = str(given)
     if hint == tuple[str, ...]:
         return expand_targets([given] if isinstance(given, str) else given)
     if hint == tuple[float, ...]:
@@ -340,7 +368,8 @@ def as_number(kind: type[int] | type[float], given: Any) -> int | float:
     """A number from a number or a text. Raises ValueError."""
     try:
         found = kind(given)
-        if not isinstance(given, bool) and (found == given or isinstance(given, str)):
+        is_nan = found != found  # `problems` reports it
+        if not isinstance(given, bool) and (found == given or is_nan or isinstance(given, str)):
             return found
     except (TypeError, ValueError, OverflowError):
         pass
@@ -359,11 +388,11 @@ def as_paths(given: Any) -> str | tuple[str, ...]:
     if isinstance(given, str) and "," in given and not os.path.lexists(os.path.expanduser(given)):
         parts = [part.strip() for part in given.split(",")]
     elif isinstance(given, (list, tuple)):
-        parts = list(given)
+        parts = [str(part) if isinstance(part, Path) else part for part in given]
     if not parts or not all(isinstance(part, str) for part in parts):
         raise ValueError("is not a text")
     found = tuple(path for part in parts for path in _matches(os.path.expanduser(part)))  # the shell leaves --key=~/x
-    return found[0] if len(found) == 1 else found
+    return found[0] if len(found) == 1 and (isinstance(given, str) or "," not in found[0]) else found
 
 
 def _matches(path: str) -> list[str]:

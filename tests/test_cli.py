@@ -152,9 +152,12 @@ def test_debug_shows_the_traceback(shell):
     ("argv", "answer"),
     [
         (["tran"], "Did you mean train?"),
+        (["demo"], "Did you mean minilora train demo?"),
         (["train", "--lora_r"], "--lora_r: expected one argument"),
         (["train", "lora", "full"], "unknown argument 'full'"),
-        (["train", "--learning_rate", "-1e-4"], "--learning_rate"),
+        (["train", "--learning_rate", "-1e-4"], "learning_rate = -0.0001 must be at least 0."),
+        (["preview", "--train_on_prompt", "none.jsonl", "--rows", "-1"], "--rows must be at least 0"),
+        (["train", "--target_modules", "--seed", "1"], "--target_modules: expected at least one argument"),
         (["generate", "--model", "x"], "PROMPT"),
         (["generate", "--modle", "x", "hello"], "Did you mean --model?"),
         (["generate", "--model", "x", "--dtype", "float16", "hello"], "--dtype"),

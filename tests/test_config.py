@@ -179,6 +179,50 @@ def test_booleans_take_nothing_or_true_or_false(name, called_with, tmp_path):
         resolve(None, {name: 1})
 
 
+@pytest.mark.parametrize("name", [name for name, hint in TYPES.items() if hint in (bool, bool | None)])
+def test_a_boolean_key_takes_no_preset_for_its_value(name, called_with):
+    flag = f"--{name}"
+    config = called_with(flag, "quick")
+    assert (config, config.num_train_epochs, getattr(config, name)) == (called_with("quick", flag), 2, True)
+    config = called_with(flag, "false", "quick")
+    assert (config.num_train_epochs, getattr(config, name)) == (2, False)
+    for word in ("yes", "0", "None"):
+        with pytest.raises(ConfigError, match=f"{name} = '{word}' is not true or false"):
+            called_with("quick", flag, word)
+    with pytest.raises(ConfigError, match=r"'quik' is no preset .* Did you mean quick"):
+        called_with(flag, "quik")
+
+
+def test_target_modules_take_no_preset_for_a_name(called_with, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("lora_r = 3")
+    config = called_with("--target_modules", "q_proj", "v_proj", "quick")
+    assert (config.target_modules, config.num_train_epochs) == (("q_proj", "v_proj"), 2)
+    config = called_with("--target-modules", "mlp", path, "--seed", 1)
+    assert (config.target_modules, config.lora_r, config.seed) == (MLP, 3, 1)
+    config = called_with("--torch_compile", "--target_modules", "q_proj,k_proj", "--use_rslora", "quick")
+    assert (config.target_modules, config.num_train_epochs) == (("q_proj", "k_proj"), 2)
+    assert called_with("--target_modules=quick").target_modules == ("quick",)
+    with pytest.raises(ConfigError, match="--target_modules: expected at least one argument"):
+        called_with("--target_modules", "quick")
+
+
+@pytest.mark.parametrize("key", ["preset", "presets"])
+def test_a_preset_named_where_it_cannot_be(key, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(f'{key} = "demo"')
+    (line,) = refused(str(path), {})
+    assert line == (
+        f"{path}: there is no key {key!r}: a file does not take over a preset. Copy the keys that you want from "
+        f"{PACKAGE / 'presets' / 'demo.toml'}, or name the preset on the command line in place of the file."
+    )
+    with pytest.raises(ConfigError) as caught:
+        cli.train_parser().parse([f"--{key}", "demo"])
+    assert str(caught.value).startswith(
+        f"unknown argument '--{key}'. A preset is named without a flag: minilora train demo."
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -324,13 +368,8 @@ def test_limits(name, value, tmp_path):
     """By flag, by TOML and by constructor: the key, the value and the limit are named."""
     (tmp_path / "c.toml").write_text(f"{name} = {value}")
     for lines in (refused(None, {name: str(value)}), refused(str(tmp_path / "c.toml"), {})):
-        if value == "nan" and str(tmp_path) in lines[0]:
-            assert lines[0].endswith(f"{name} = nan is not a number.")
-        else:
-            limit = (
-                "a finite number" if str(value).lstrip("-") in ("inf", "nan") else r"(at least|more|at most|less).* \S+"
-            )
-            assert re.match(rf"{name} = \S+ must be {limit}\.$", lines[0])
+        limit = "a finite number" if str(value).lstrip("-") in ("inf", "nan") else r"(at least|more|at most|less).* \S+"
+        assert re.match(rf"{name} = \S+ must be {limit}\.$", lines[0])
     with pytest.raises(ConfigError, match=rf"{name} = "):
         TrainConfig(**{name: TYPES[name](value)})
 
@@ -386,6 +425,45 @@ def test_devices(device):
     assert line == f"device = {device!r} is not one of auto, cpu, cuda, cuda:N."
 
 
+PYTHON_VALUES = [
+    ("target_modules", "all", ATTN + MLP),
+    ("target_modules", ["attn", "up_proj"], (*ATTN, "up_proj")),
+    ("lora_r", "8", 8),
+    ("lora_r", 8.0, 8),
+    ("learning_rate", 1, 1.0),
+    ("use_dora", "true", True),
+    ("train_file", ["a.jsonl", "b.jsonl"], ("a.jsonl", "b.jsonl")),
+    ("train_file", Path("a.jsonl"), "a.jsonl"),
+    ("train_file", [Path("a.jsonl"), "b.jsonl"], ("a.jsonl", "b.jsonl")),
+    ("train_file", ["b, c.jsonl"], ("b, c.jsonl",)),
+    ("train_weights", [0.5], (0.5,)),
+    ("gradient_checkpointing", "false", False),
+    *((name, Path("some/where"), "some/where") for name in ("model", "eval_file", "output_dir", "resume", "adapter")),
+    ("eval_file", "none", None),
+]
+
+
+@pytest.mark.parametrize(("name", "given", "value"), PYTHON_VALUES)
+def test_python_values_are_read_as_flags_are(name, given, value):
+    config = TrainConfig(**{name: given})
+    assert getattr(config, name) == value
+    assert type(getattr(config, name)) is type(value)
+    assert dataclasses.replace(config, seed=1) == dataclasses.replace(TrainConfig(**{name: value}), seed=1)
+
+
+def test_python_values_are_checked_all_at_once():
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(lora_r=8.5, target_modules=7, system_prompt=Path("x"), model=None, max_length=1, packing="yes")
+    assert str(caught.value).splitlines() == [
+        "model = None is not a text.",
+        "lora_r = 8.5 is not a whole number.",
+        "target_modules = 7 is not a list of names.",
+        "system_prompt = PosixPath('x') is not a text.",
+        "packing = 'yes' is not true or false.",
+        "max_length = 1 must be at least 2.",
+    ]
+
+
 def test_whole_floats_are_whole_numbers():
     assert resolve(None, {"lora_r": 16.0}).lora_r == 16
     assert isinstance(resolve(None, {"num_train_epochs": 3}).num_train_epochs, float)
@@ -405,7 +483,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         "method = 'lara' is not one of lora, full. Did you mean lora?",
         "lora_r = 0 must be at least 1",
         "seed = 'x' is not a whole number",
-        "eval_file and val_size are two ways to evaluate",
+        "eval_file = 'v.jsonl' and val_size = 0.1 both set rows for evaluation",
         "device = 'gpu'",
     ]
     assert [part for part in expected if part not in text] == []
@@ -415,7 +493,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
 
 
 def test_combinations():
-    assert "eval_file and val_size" in refused(None, {"eval_file": "v.jsonl", "val_size": 0.1})[0]
+    assert "both set rows for evaluation" in refused(None, {"eval_file": "v.jsonl", "val_size": 0.1})[0]
     assert "early_stopping_patience needs evaluations" in refused(None, {"early_stopping_patience": 2})[0]
     assert resolve(None, {"early_stopping_patience": 2, "eval_file": "v.jsonl"}).early_stopping_patience == 2
 
@@ -440,7 +518,7 @@ def test_without_a_source_the_preset_is_lora(called_with):
     assert changed(called_with("--seed", 7), resolve("lora", {})) == {"seed": 7}
 
 
-def test_an_eval_file_belongs_to_its_train_file(called_with, tmp_path):
+def test_a_presets_eval_file_belongs_to_its_train_file(called_with):
     """Else `--train_file mine.jsonl` would be evaluated on the preset's rows."""
     assert called_with("lora").eval_file == "data/valid.jsonl"
     assert called_with("lora", "--train_file", "mine.jsonl").eval_file is None
@@ -448,11 +526,27 @@ def test_an_eval_file_belongs_to_its_train_file(called_with, tmp_path):
     assert called_with("lora", "--val_size", "0.1").eval_file is None
     assert called_with("lora", "--train_file", "mine.jsonl", "--eval_file", "v.jsonl").eval_file == "v.jsonl"
     assert called_with("lora", "--eval_file", "v.jsonl").eval_file == "v.jsonl"
+
+
+def test_nothing_that_a_user_wrote_in_a_file_is_dropped(called_with, tmp_path):
     path = tmp_path / "c.toml"
-    path.write_text('train_file = "t.jsonl"\neval_file = "v.jsonl"\n')
-    assert called_with(path).eval_file == "v.jsonl"
+    path.write_text('train_file = ["t.jsonl", "u.jsonl"]\ntrain_weights = [2, 1]\neval_file = "v.jsonl"\n')
     assert called_with(path, "--seed", 7).eval_file == "v.jsonl"
-    assert called_with(path, "--train_file", "mine.jsonl").eval_file is None
+    config = called_with(path, "--train_file", "a.jsonl,b.jsonl")
+    assert (config.train_file, config.train_weights) == (("a.jsonl", "b.jsonl"), (2.0, 1.0))
+    assert config.eval_file == "v.jsonl"
+    assert called_with(path, "--train_file", "mine.jsonl", "--train_weights=").eval_file == "v.jsonl"
+    assert called_with(path, "--eval_file", "none", "--val_size", "0.1").eval_file is None
+    (line,) = refused(str(path), {"val_size": 0.1})
+    assert line == (
+        "eval_file = 'v.jsonl' and val_size = 0.1 both set rows for evaluation: give one of them. "
+        "eval_file = none or val_size = 0 removes the other."
+    )
+    (line,) = refused(str(path), {"train_file": "mine.jsonl"})
+    assert line == (
+        "train_weights has 2 numbers (2.0, 1.0), but train_file names 1: give one number for each file, "
+        "or an empty train_weights."
+    )
 
 
 @pytest.mark.parametrize(
@@ -586,6 +680,15 @@ def test_flags_lie_over_the_settings_of_a_resumed_run(called_with, old_run):
     config = called_with("--resume", old_run, "--max_steps", 5, "--device", "cpu")
     assert (config.max_steps, config.device, config.lora_r) == (5, "cpu", 4)
     assert called_with("lora", "--resume", old_run).lora_r == 8  # a preset named explicitly is obeyed
+
+
+def test_a_resumed_run_keeps_its_eval_file_where_its_train_file_has_moved(called_with, old_run):
+    """Also under a preset, whose own eval_file belongs to another train_file."""
+    for source in ([], ["lora"]):
+        config = called_with(*source, "--resume", old_run, "--train_file", "moved.jsonl")
+        assert (config.train_file, config.eval_file) == ("moved.jsonl", "v.jsonl")
+    with pytest.raises(ConfigError, match=r"eval_file = 'v.jsonl' and val_size = .* both set rows"):
+        called_with("--resume", old_run, "--val_size", "0.1")
 
 
 def test_resume_auto_and_never_use_no_saved_settings(called_with, old_run):

@@ -198,15 +198,16 @@ def test_weights_in_every_form(given, tmp_path):
     (tmp_path / "c.toml").write_text('train_file = ["a", "b"]\ntrain_weights = [2, 0.5]\n')
     config = resolve(str(tmp_path / "c.toml"), {})
     assert (config.train_files, config.train_weights) == (("a", "b"), (2.0, 0.5))
-    assert resolve(str(tmp_path / "c.toml"), {"train_file": "x,y,z"}).train_weights == ()  # they were for others
+    with pytest.raises(ConfigError, match="train_weights has 2 numbers"):
+        resolve(str(tmp_path / "c.toml"), {"train_file": "x,y,z"})
 
 
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
         ({"train_file": "a,b,a"}, "train_file names a twice: give it a weight of 2, see train_weights."),
-        ({"train_file": "a,b", "train_weights": "1"}, "train_weights has 1 numbers, train_file 2 names: give one for"),
-        ({"train_weights": "1,2"}, "train_weights has 2 numbers, train_file 1 names: give one for each."),
+        ({"train_file": "a,b", "train_weights": "1"}, "train_weights has 1 number (1.0), but train_file names 2:"),
+        ({"train_weights": "1,2"}, "train_weights has 2 numbers (1.0, 2.0), but train_file names 1: give one"),
         ({"train_weights": "0"}, "train_weights = (0.0,) must be more than 0."),
         ({"train_weights": "nan"}, "train_weights = (nan,) must be more than 0."),
         ({"train_weights": "inf"}, "train_weights = (inf,) must be at most 1000."),

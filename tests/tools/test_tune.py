@@ -142,6 +142,20 @@ def test_the_descent_tries_no_more_than_it_must(losses, tried):
 # ---------------------------------------------------------------------------------------- the verb
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--rates", "1e-3", "1e-2", "quick"], ["--rates", "1e-3,1e-2", "quick"], ["quick", "--rates=1e-2,1e-3"]],
+    ids=" ".join,
+)
+def test_rates_are_numbers_and_what_follows_is_the_preset(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(tune, "tune", lambda *asked: seen.append(asked))
+    assert cli.main(["tune", *words]) == 0
+    ((config, search),) = seen
+    assert search.rates == (1e-3, 1e-2)
+    assert config.num_train_epochs == 2
+
+
 @pytest.fixture
 def tuned(tmp_path, monkeypatch, capsys):
     """A function: what `minilora tune` prints, in a folder with 60 rows of the demo."""
@@ -150,6 +164,7 @@ def tuned(tmp_path, monkeypatch, capsys):
     (tmp_path / "temporary").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path.parent))  # torch may make it
 
     def run(*argv: str, code: int = 0) -> str:
         where = ["--model", DEMO, "--train_file", "rows.jsonl", "--device", "cpu", "--dtype", "float32"]
@@ -194,8 +209,11 @@ def test_where_nothing_helps_nothing_is_suggested(tuned):
     [
         (["--steps", "0"], "--steps, --rows and --held_out must be at least 1"),
         (["--rates", "1e-3", "0"], "--rates 0.0 0.001: a rate is a number above 0"),
+        (["--rates", "-1e-3"], "a rate is a number above 0"),
         (["--rates", "nan"], "a rate is a number above 0"),
-        (["--rates", "fast"], "invalid float value: 'fast'"),
+        (["--rates", "fast"], "--rates = 'fast' is not a number"),
+        (["--rates", "1e-3,fast"], "--rates = 'fast' is not a number"),
+        (["--rates", "1e-3", "1e-4", "demmo"], "--rates = 'demmo' is not a number"),
         (["--steps", "20"], "rows.jsonl: 60 rows do not make 20 steps of 8 rows and 8 held-out ones"),
         (["--lora_q", "3"], "--lora_r"),
         (["--target_modules", "qproj"], "match nothing"),
