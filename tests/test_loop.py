@@ -14,7 +14,7 @@ import sys
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,8 @@ from minilora.data.dataset import IGNORE
 from minilora.errors import AdapterError, ConfigError, DivergedError, OutOfMemoryError, StoppedError
 from minilora.lora import lora_layers
 from minilora.models.fingerprint import base_tensors
-from minilora.training import checkpoint, finish, report
+from minilora.training import checkpoint, finish, report, setup
+from minilora.training.signals import StopRequest
 from minilora.utils import device
 
 pytestmark = pytest.mark.usefixtures("bare_run")
@@ -486,6 +487,16 @@ def test_a_finished_run_that_is_resumed_says_that_it_trains_nothing(make_config,
     assert "nothing is left to train" not in capsys.readouterr().out
     assert loop.train(dataclasses.replace(config, resume=config.output_dir, output_dir=None)).steps == 2
     assert "all 2 steps are done: nothing is left to train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("asked", "shown"), [("auto", True), ("cpu", False)])
+def test_the_header_says_why_the_cpu_was_taken(make_config, monkeypatch, capsys, asked, shown):
+    """With a driver too old for torch's CUDA a run once took the CPU without a word."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(setup, "why_cpu", lambda: "torch is built for CUDA 13.0; update the driver")
+    with ExitStack() as held:
+        setup.prepare(make_config(device=asked), StopRequest(), held)
+    assert ("torch is built for CUDA 13.0; update the driver" in capsys.readouterr().out) == shown
 
 
 def test_a_run_that_early_stopping_ended_says_that_it_trains_nothing(make_config, monkeypatch, capsys):

@@ -33,7 +33,16 @@ from minilora.training.run import Run
 from minilora.training.rundir import CONFIG, lasting_settings, lock_run_dir, resolve_run_dir
 from minilora.training.signals import StopRequest
 from minilora.utils import files
-from minilora.utils.device import device_name, free_bytes, gib, memory_bytes, peak_memory_bytes, pick_device, pick_dtype
+from minilora.utils.device import (
+    device_name,
+    free_bytes,
+    gib,
+    memory_bytes,
+    peak_memory_bytes,
+    pick_device,
+    pick_dtype,
+    why_cpu,
+)
 from minilora.utils.terminal import say
 
 
@@ -278,6 +287,8 @@ def _header(run: Run, reports: list[DataReport], notes: list[str]) -> None:
     elif run.stop_reason:
         say("", f"early stopping has ended this run at step {run.state.step:,}: nothing is left to train")
     say("device", f"{device_name(run.device)}, matrix products in {str(run.dtype).removeprefix('torch.')}")
+    if config.device == "auto" and run.device.type == "cpu" and (why := why_cpu()):
+        say("", why)
     peak = f", {gib(run.predicted_peak_bytes)} predicted at the peak" if run.predicted_peak_bytes else ""
     say("memory", f"{gib(memory_bytes(run.device))} in use before training{peak}")
     say("example", marked_example(run.train_set[0], run.tokenizer))
