@@ -5,7 +5,9 @@ import os
 import re
 import resource
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -163,6 +165,11 @@ def _cpu_multiplies_bf16() -> bool:
     except OSError:
         return False
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16 "))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Matrix products in bf16 where `dtype`, the type of a run's products, is bf16; else nothing changes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def device_name(device: torch.device) -> str:
