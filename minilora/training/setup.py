@@ -111,7 +111,7 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
     )
     if world.main:
         run.log = _open_log(run, sources.reports, held)
-    world.advice = f" Go on with: {run.resume_command}"
+    world.resume_hint = f" Go on with: {run.resume_command}"
     if header and world.main:
         _header(run, sources.reports, [*notes, *choice.notes])
     return run
