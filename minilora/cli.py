@@ -127,16 +127,19 @@ def add_key(parser: Parser, name: str) -> None:
 
 def train_command(argv: Sequence[str]) -> int:
     """minilora train"""
-    args = vars(train_parser().parse(argv))
-    source = args.pop("source")
-    if not argv:
-        source = source_of_bare_call()
-    config = config_of(source, args)
+    config = parse_train(argv)
 
     from minilora.loop import train
 
     train(config)
     return 0
+
+
+def parse_train(argv: Sequence[str]) -> TrainConfig:
+    """The settings of a run: [PRESET | FILE.toml] [--KEY VALUE ...]."""
+    args = vars(train_parser().parse(argv))
+    source = args.pop("source")
+    return config_of(source if argv else source_of_bare_call(), args)
 
 
 def config_of(source: str | None, flags: dict[str, Any]) -> TrainConfig:
@@ -596,13 +599,17 @@ def tell(error: BaseException, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point; returns the exit code. --debug shows the traceback of an error."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """The entry point; returns the exit code."""
+    return report_errors(run, list(sys.argv[1:] if argv is None else argv))
+
+
+def report_errors(work: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Call work(argv); an error becomes one clear message and its exit code. --debug shows the traceback instead."""
     end = argv.index("--") if "--" in argv else len(argv)
     debug = "--debug" in argv[:end]
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        return run([*(word for word in argv[:end] if word != "--debug"), *argv[end:]])
+        return work([*(word for word in argv[:end] if word != "--debug"), *argv[end:]]) or 0
     except MiniloraError as error:
         if debug:
             raise

@@ -22,42 +22,47 @@ from minilora.training.run import Run
 from minilora.training.saving import record_evaluation, record_step, save_checkpoint
 from minilora.training.setup import prepare
 from minilora.training.signals import StopRequest
+from minilora.utils import terminal
 from minilora.utils.device import free_cached
+from minilora.utils.process import settings_of_a_run
 
 
-def train(config: TrainConfig) -> Summary:
-    """A whole run, from the JSONL file to the verified adapter."""
-    with StopRequest() as stop, ExitStack() as held:
+def train(config: TrainConfig, *, quiet: bool = False) -> Summary:
+    """A whole run, from the JSONL file to the verified adapter.
+
+    quiet: print nothing and show no progress bar; the files are the same
+    """
+    with settings_of_a_run(), terminal.quiet(quiet), StopRequest() as stop, ExitStack() as held:
         run = prepare(config, stop, held)
-        state, schedule = run.state, run.schedule
         try:
             with run.world.raise_on_all_ranks():
                 while True:
                     evaluate_and_save(run)
-                    if state.step >= schedule.num_steps:
-                        return finish(run, "completed")
-                    if config.early_stopping_patience and state.evals_since_best >= config.early_stopping_patience:
-                        save_checkpoint(run)
-                        return finish(run, "early stopping")
+                    if run.stop_reason:
+                        return finish(run, run.stop_reason)
                     run.log.step(train_step(run))
         except StoppedError as error:  # the step under way is lost, all before it is saved
             stopped(run, error)
             raise
         except BrokenPipeError:  # who read our output has gone; what was learned has not
-            if state.step:
+            if run.state.step:
                 save_checkpoint(run)
             raise
 
 
 def evaluate_and_save(run: Run) -> None:
-    """What is due between two steps: an evaluation (and best/ when it is the best), a checkpoint."""
+    """What is due between two steps: an evaluation (and best/ when it is the best), a checkpoint.
+
+    Both are due at the end of an epoch, or after eval_steps and save_steps steps; always after the last step.
+    """
     config, state = run.config, run.state
     done = state.step > 0 and run.schedule.ends_epoch(state.step - 1)
-    eval_due = state.step == 0 or (state.step % config.eval_steps == 0 if config.eval_steps else done)
+    last = state.step >= run.schedule.num_steps
+    eval_due = state.step == 0 or last or (state.step % config.eval_steps == 0 if config.eval_steps else done)
     if run.eval_set is not None and eval_due and state.evaluated_step != state.step:
         record_evaluation(run, evaluate(run, run.eval_set))
-    last = state.step >= run.schedule.num_steps
-    if state.step and (last or (state.step % config.save_steps == 0 if config.save_steps else done)):
+    save_due = state.step > 0 and (state.step % config.save_steps == 0 if config.save_steps else done)
+    if run.stop_reason or save_due:
         save_checkpoint(run)
 
 

@@ -343,10 +343,10 @@ def _child(request: dict) -> None:
             from minilora.inference import generate
             from minilora.models import probe
             from minilora.training import memory_estimate
-            from minilora.training import run as training_run
+            from minilora.training import setup as training_setup
 
             generate.sample_answers = lambda chat_model: [""] * len(probe.SAMPLE_PROMPTS)
-            training_run.choose_cut = lambda setup, rows, schedule, asked, most: memory_estimate.Choice(
+            training_setup.choose_cut = lambda setup, rows, schedule, asked, most: memory_estimate.Choice(
                 asked or most, False, None
             )
         if "full" in request:

@@ -3,13 +3,21 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
+import random
+import resource
 import shutil
 import signal
+import sys
+import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,14 +34,18 @@ from conftest import (
     write_jsonl,
 )
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as transformers_logging
 
 from minilora import batching, loop, lora
 from minilora.adapters import format as adapter_format
+from minilora.data import cache
 from minilora.data.dataset import IGNORE
 from minilora.errors import AdapterError, ConfigError, DivergedError, OutOfMemoryError, StoppedError
 from minilora.lora import lora_layers
 from minilora.models.fingerprint import base_tensors
-from minilora.training import checkpoint
+from minilora.training import checkpoint, finish, report, setup
+from minilora.training.signals import StopRequest
+from minilora.utils import device
 
 pytestmark = pytest.mark.usefixtures("bare_run")
 WHOLE_STEP = 10**6  # a token budget that holds a step at once
@@ -375,6 +387,158 @@ def test_early_stopping(make_config, monkeypatch):
         ) == (digest(expected))
 
 
+@pytest.mark.parametrize(("eval_steps", "evaluated"), [(3, [0, 3, 4]), (1000, [0, 4])])
+def test_the_last_step_is_evaluated(make_config, eval_steps, evaluated):
+    """With --eval_steps 100 the result of 240 steps once got the held-out loss of step 200."""
+    config = make_config(val_size=0.1, eval_steps=eval_steps)
+    summary = loop.train(config)
+    evaluations = lines(config.output_dir)[1]
+    assert [line["step"] for line in evaluations] == evaluated
+    assert summary.last_eval_loss == evaluations[-1]["eval_loss"]
+    best = Path(config.output_dir) / "best"
+    assert checkpoint.saved_step(best) == summary.steps == 4
+    state = checkpoint.read_state(checkpoint.checkpoint_path(Path(config.output_dir), 4))
+    assert (state.best_step, state.evaluated_step) == (4, 4)
+
+
+# ---------------------------------------------------------------------------------------- a run and its process
+
+
+def process_settings() -> dict:
+    """Settings of the whole process that a run could change."""
+    matmul, handlers = torch.backends.cuda.matmul, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return {
+        "precision of products": (torch.get_float32_matmul_precision(), matmul.allow_tf32, matmul.fp32_precision),
+        "open files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "environment": dict(os.environ),
+        "progress bars": transformers_logging.is_progress_bar_enabled(),
+        "loggers": {name: logging.getLogger(name).level for name in ("", "bitsandbytes", "transformers")},
+        "torch's random state": torch.get_rng_state().tolist(),
+        "numpy's random state": str(np.random.get_state()),
+        "Python's random state": random.getstate(),
+        "signals": [signal.getsignal(number) for number in handlers],
+        "threads": torch.get_num_threads(),
+        "gradients": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "warnings": list(warnings.filters),
+        "folder": os.getcwd(),
+    }
+
+
+@pytest.mark.parametrize("how", ["as it ends", "after an error", "in 8 bits"])
+def test_a_run_leaves_the_settings_of_the_process_as_they_were(make_config, monkeypatch, how):
+    """A notebook that trained once had TF32 products, other random numbers and no progress bars afterwards."""
+    keys = {"load_in_8bit": True} if how == "in 8 bits" else {}
+    monkeypatch.setattr(cache, "CACHE_FROM_BYTES", 1)  # a cached file raises the limit of open files
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for name in (*device.PRODUCT_CACHES, "TOKENIZERS_PARALLELISM"):
+        monkeypatch.delenv(name, raising=False)
+    config = make_config(max_steps=1, **keys)
+    changed = {}
+    real = loop.train_step
+
+    def train_step(run):
+        changed.update(process_settings())
+        if how == "after an error":
+            raise OSError("no disk")
+        return real(run)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    shows = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.enable_progress_bar()
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most[1] - 1 if most[1] > 1 else most[1], most[1]))
+        before = process_settings()
+        with pytest.raises(OSError, match="no disk") if how == "after an error" else nullcontext():
+            loop.train(config)
+        after = process_settings()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
+        if not shows:
+            transformers_logging.disable_progress_bar()
+    assert {key: (before[key], after[key]) for key in before if before[key] != after[key]} == {}
+    assert changed["environment"] != before["environment"]  # the test sees what is put back
+    assert changed["precision of products"] != before["precision of products"]
+    assert changed["open files"] != before["open files"]
+
+
+def test_a_quiet_run_prints_nothing_and_writes_the_same_files(make_config, tmp_path, capfd, monkeypatch):
+    config = make_config(val_size=0.1, eval_steps=2, eval_samples=1)
+    loop.train(config)
+    assert "loss" in capfd.readouterr().out
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)  # where a progress bar would be shown
+    loop.train(dataclasses.replace(config, output_dir=str(tmp_path / "quiet")), quiet=True)
+    assert capfd.readouterr() == ("", "")
+    found = [sorted(p.relative_to(top) for p in top.rglob("*")) for top in (tmp_path / "run", tmp_path / "quiet")]
+    assert found[0] == found[1]
+    weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "quiet")]
+    assert weights[0] == weights[1]
+
+
+def test_a_run_in_another_thread(make_config):
+    """`signal` works in the main thread only; a run in another one once ended in its ValueError."""
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(loop.train, make_config(max_steps=1), quiet=True).result().steps == 1
+
+
+def test_a_finished_run_that_is_resumed_says_that_it_trains_nothing(make_config, capsys):
+    config = make_config(max_steps=2)
+    loop.train(config)
+    assert "nothing is left to train" not in capsys.readouterr().out
+    assert loop.train(dataclasses.replace(config, resume=config.output_dir, output_dir=None)).steps == 2
+    assert "all 2 steps are done: nothing is left to train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("asked", "shown"), [("auto", True), ("cpu", False)])
+def test_the_header_says_why_the_cpu_was_taken(make_config, monkeypatch, capsys, asked, shown):
+    """With a driver too old for torch's CUDA a run once took the CPU without a word."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(setup, "why_cpu", lambda: "torch is built for CUDA 13.0; update the driver")
+    with ExitStack() as held:
+        setup.prepare(make_config(device=asked), StopRequest(), held)
+    assert ("torch is built for CUDA 13.0; update the driver" in capsys.readouterr().out) == shown
+
+
+def test_a_run_that_early_stopping_ended_says_that_it_trains_nothing(make_config, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "evaluate", lambda run, dataset: 5.0 + run.state.step)
+    config = make_config(val_size=0.1, eval_steps=1, early_stopping_patience=1)
+    assert loop.train(config).stop_reason == "early stopping"
+    capsys.readouterr()
+    assert loop.train(dataclasses.replace(config, resume="auto")).steps == 1
+    assert "early stopping has ended this run at step 1: nothing is left to train" in capsys.readouterr().out
+
+
+def test_a_signal_after_the_result_is_saved_does_not_lose_it(make_config, monkeypatch):
+    """While the result is compared: the message once named the checkpoint only, as if there were no result."""
+    config = make_config(max_steps=1)
+    real = finish.sample_answers
+
+    def stop(chat_model):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(chat_model)
+
+    monkeypatch.setattr(finish, "sample_answers", stop)
+    with pytest.raises(StoppedError) as error:
+        loop.train(config)
+    assert f"{Path(config.output_dir) / 'adapter'} is saved and complete" in str(error.value)
+    assert "--resume" in str(error.value)
+    assert error.value.exit_code == 130
+
+
+def test_a_signal_after_the_summary_is_written_ends_nothing(make_config, monkeypatch):
+    """While report.html was written, Ctrl-C once turned a verified run into "stopped by SIGINT", exit code 130."""
+    config = make_config(max_steps=1)
+    real = report.write
+
+    def write(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        real(*args)
+
+    monkeypatch.setattr(report, "write", write)
+    assert loop.train(config).steps == 1
+    assert (Path(config.output_dir) / "report.html").exists()
+
+
 # ---------------------------------------------------------------------------------------- stop and resume
 
 SIX_STEPS = {
@@ -540,6 +704,65 @@ def test_a_run_taken_back_to_an_older_checkpoint_leaves_none_of_the_abandoned_wa
     newest, _ = checkpoint.newest_valid(folder)
     assert newest == checkpoint.checkpoint_path(folder, 4)
     assert digest(load_file(newest / checkpoint.WEIGHTS)) == digest(kept)
+
+
+@pytest.fixture(params=["lora", "full"])
+def descending(request, make_config, monkeypatch):
+    """The config of a finished run whose evaluations are those of LOSSES, a better one at each of its 4 steps."""
+    monkeypatch.setattr(loop, "evaluate", lambda run, dataset: LOSSES[run.state.step])
+    keys = {"method": "full", "learning_rate": 1e-4} if request.param == "full" else {}
+    config = make_config(val_size=0.1, eval_steps=1, save_steps=1, save_total_limit=0, **keys)
+    loop.train(config)
+    return config
+
+
+LOSSES = [9.0, 8.0, 7.0, 6.0, 5.0]
+
+
+def test_best_goes_with_the_steps_that_are_abandoned(descending, monkeypatch, capsys):
+    """best/ of step 4 once stayed after the run had gone back to step 2, and was called the best of the new branch."""
+    folder = Path(descending.output_dir)
+    back = dataclasses.replace(descending, resume=str(checkpoint.checkpoint_path(folder, 2)), max_steps=3)
+    monkeypatch.setattr(loop, "evaluate", lambda run, dataset: 8.5)
+    real, seen = loop.train_step, []
+
+    def train_step(run):
+        seen.append(checkpoint.saved_step(folder / "best"))
+        return real(run)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    capsys.readouterr()
+    summary = loop.train(back)
+    assert "step-000004, step-000003, best: saved after this checkpoint" in capsys.readouterr().out
+    assert seen == [4]  # nothing is lost before the new branch is on the disk
+    assert summary.best_eval_loss == 7.0
+    assert not (folder / "best").exists()
+
+
+def test_best_goes_when_the_run_ends_at_an_earlier_checkpoint(descending):
+    folder = Path(descending.output_dir)
+    loop.train(dataclasses.replace(descending, resume=str(checkpoint.checkpoint_path(folder, 2)), max_steps=2))
+    assert not (folder / "best").exists()
+
+
+def test_best_stays_where_the_checkpoint_knows_it(make_config, monkeypatch):
+    """Steps 3 and 4 were no better than step 2: best/ is of step 2, before and after the run goes back there."""
+    losses = [9.0, 8.0, 7.0, 7.5, 7.5]
+    monkeypatch.setattr(loop, "evaluate", lambda run, dataset: losses[run.state.step])
+    config = make_config(val_size=0.1, eval_steps=1, save_steps=1, save_total_limit=0)
+    loop.train(config)
+    folder = Path(config.output_dir)
+    loop.train(dataclasses.replace(config, resume=str(checkpoint.checkpoint_path(folder, 2)), max_steps=3))
+    assert checkpoint.saved_step(folder / "best") == 2
+
+
+def test_best_of_version_0_1_has_no_step(make_config, tmp_path):
+    """It stays when its run goes on, and goes when its run goes back to an earlier checkpoint."""
+    old = checkpoint.TrainState(step=2)
+    save_file({"x": torch.zeros(1)}, (tmp_path / "best").mkdir() or tmp_path / "best" / "adapter_model.safetensors")
+    assert not checkpoint.best_is_abandoned(tmp_path, old)
+    checkpoint.checkpoint_path(tmp_path, 3).mkdir(parents=True)
+    assert checkpoint.best_is_abandoned(tmp_path, old)
 
 
 def test_a_new_token_budget_is_obeyed_by_a_resumed_run(copied, start):

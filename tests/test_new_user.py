@@ -292,7 +292,7 @@ def test_going_back_keeps_the_later_checkpoints_until_a_new_one_is_saved(four_st
     capsys.readouterr()
     with ExitStack() as held:
         prepare(back, StopRequest(), held)
-    assert "step-000004, step-000003: of another way" in capsys.readouterr().out
+    assert "step-000004, step-000003: saved after this checkpoint" in capsys.readouterr().out
     assert steps_in(folder) == [1, 2, 3, 4]
     assert checkpoint.newest_valid(folder)[0] == checkpoint.checkpoint_path(folder, 4)  # nothing new: nothing lost
     loop.train(dataclasses.replace(back, max_steps=3))

@@ -35,6 +35,7 @@ from minilora.data.report import Cut, DataReport, Reading, Returned, put_togethe
 from minilora.data.rows import stream_rows
 from minilora.errors import DataError, StorageError
 from minilora.utils import files
+from minilora.utils.terminal import is_quiet
 
 CACHE_FROM_BYTES = 16 * 2**20  # of a file: what is smaller takes seconds, and is not worth a copy on the disk
 UNPACKED = 8  # bytes of text that a byte of a .gz may stand for
@@ -171,4 +172,4 @@ def _alone(place: Path) -> Iterator[None]:
 
 def _with_bar(rows: Iterable[Row], file: str) -> Iterable[Row]:
     """The rows of a file, with a progress bar in a terminal."""
-    return tqdm(rows, desc=f"tokenising {file}", unit=" rows", disable=None, leave=False)
+    return tqdm(rows, desc=f"tokenising {file}", unit=" rows", disable=is_quiet() or None, leave=False)

@@ -1,6 +1,6 @@
-"""The processes of a run: each holds a replica and takes its share of a step; what one of them meets, all decide on.
+"""The processes of a run: each takes its share of a step, and an error or a signal in one of them reaches all.
 
-One process is a world of its own, in which nothing here costs anything.
+A run of one process is a world of size 1, in which nothing here costs anything.
 """
 
 import contextlib
@@ -20,77 +20,77 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from minilora import errors
 from minilora.errors import ConfigError, MiniloraError, RankError, StoppedError
 
-PATIENCE = timedelta(minutes=30)  # process 0 may save or verify for so long; a process that died is noticed at once
-ARRIVAL = timedelta(minutes=10)  # of the last process after the first
-HANDSHAKE = timedelta(seconds=10)  # of processes that are all there; gloo tries five times
-WORD_BYTES = 512  # what is agreed on in every step fits; longer words take a second round
+SAVE_TIMEOUT = timedelta(minutes=30)  # process 0 may save or verify for so long; a process that died is noticed at once
+START_TIMEOUT = timedelta(minutes=10)  # of the last process after the first
+CONNECT_TIMEOUT = timedelta(seconds=10)  # of processes that are all there; gloo tries five times
+MESSAGE_BYTES = 512  # what is agreed on in every step fits; longer messages take a second round
 
 
 class World:
     """The processes of a run, and what they agree on.
 
-    Every agreement is the same exchange of words on the CPU (gloo), so that an error of one process meets the others
-    wherever they are. Tensors are summed on the device they lie on (NCCL on CUDA).
+    Every agreement is the same exchange of messages on the CPU (gloo), so that an error of one process reaches the
+    others wherever they are. Tensors are summed on the device they lie on (NCCL on CUDA).
     rank, local_rank: this process among all, and among those of this machine; size: how many there are
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
-        self.advice = ""  # how to go on when one of them is gone
+        self.resume_hint = ""  # how to go on when one of the processes is gone; follows the message
         self.sharded = False  # shards are gathered in every micro-batch: the processes must go through it together
         self._agreed: Exception | None = None  # the error that all processes have raised
-        self._words: Any = None  # the group that exchanges words
-        self._tensors: Any = None  # the group that sums tensors
+        self._message_group: Any = None  # the group that exchanges messages
+        self._tensor_group: Any = None  # the group that sums tensors
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
-    def patient(self) -> None:
-        """From now on wait for the others as long as saving may take; a process that dies is noticed at once."""
-        self._words = self._tensors = dist.new_group(backend="gloo", timeout=PATIENCE)
+    def wait_long(self) -> None:
+        """From now on wait for the others as long as saving may take. A process that dies is noticed at once."""
+        self._message_group = self._tensor_group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
 
     def connect(self, device: torch.device) -> torch.device:
         """Connect the devices of the processes; returns that of this one."""
         if self.size > 1 and device.type == "cuda":
             torch.cuda.set_device(device)
-            self._tensors = dist.new_group(backend="nccl")
+            self._tensor_group = dist.new_group(backend="nccl")
         return device
 
-    def exchange(self, word: Any) -> list[Any]:
-        """What every process says here, in the order of ranks; any JSON value.
+    def exchange(self, value: Any) -> list[Any]:
+        """The value that every process gives here, in the order of ranks; any JSON value.
 
         Raises what one of them has met (see `raise_on_all_ranks`), RankError when one is gone.
         """
-        return [word] if self.size == 1 else self._exchange({"word": word}, None)
+        return [value] if self.size == 1 else self._exchange({"value": value}, None)
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
+        """Whether the flag is set in any process."""
         return any(self.exchange(flag))
 
-    def run_on_main(self, work: Callable[[], Any], meanwhile: Callable[[], object] | None = None) -> Any:
-        """What work() returns to process 0, which does it alone; a JSON value, or nothing. Its error is raised by all.
+    def run_on_main(self, work: Callable[[], Any], on_others: Callable[[], object] | None = None) -> Any:
+        """Call work() in process 0 only; returns its JSON value to all processes. All of them raise its error.
 
-        The others wait, or among shards take part with meanwhile().
+        The other processes wait. Where the model is sharded they call on_others() instead, if it is given.
         """
         if self.size == 1:
             return work()
-        word = None
+        value = None
         try:
             if self.main:
-                word = work()
-            elif meanwhile and self.sharded:
-                meanwhile()
+                value = work()
+            elif on_others and self.sharded:
+                on_others()
         except Exception as error:
-            if meanwhile and self.sharded:
-                raise  # the others wait within meanwhile(), not here
-            self._tell(error)
-        return self.exchange(word)[0]
+            if on_others and self.sharded:
+                raise  # the others wait within on_others(), not here
+            self._send_error(error)
+        return self.exchange(value)[0]
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """What one process raises inside, all raise, at their next agreement."""
+        """An error that one process raises inside is raised by all, at their next agreement."""
         if self.size == 1:
             yield
             return
@@ -101,41 +101,41 @@ class World:
             if error is self._agreed:
                 raise
             if not self.sharded:
-                self._tell(error)
+                self._send_error(error)
             elif isinstance(error, dist.DistError) or "gloo" in str(error):
                 raise self._lost() from error
-            error.alone = True  # type: ignore[attr-defined]  # the others do not know: `cli` says it here
+            error.alone = True  # type: ignore[attr-defined]  # the others do not know it: `cli` prints it in this process
             raise
 
-    def _tell(self, error: Exception) -> None:
-        """Let all processes raise an error of this one: as it is where it is ours, else with its text."""
+    def _send_error(self, error: Exception) -> None:
+        """Let all processes raise an error of this one: the same class where it is minilora's, else a RankError."""
         if error is self._agreed:
             raise error
         kind, text = type(error).__name__, str(error)
         if not isinstance(error, (MiniloraError, BrokenPipeError)):
             kind, text = RankError.__name__, f"a mistake of ours: {kind}: {text}. --debug shows where"
-        word = {"kind": kind, "text": text, "signal": getattr(error, "exit_code", 0) - 128}
+        message = {"kind": kind, "text": text, "signal": getattr(error, "exit_code", 0) - 128}
         try:
-            self._exchange(word, error)
-        except RankError as lost:  # nobody hears it any more
+            self._exchange(message, error)
+        except RankError as lost:  # no process is left to receive it
             self._agreed = error
             raise error from lost
 
     def _exchange(self, message: dict[str, Any], own: Exception | None) -> list[Any]:
         try:
-            heard = _all_gather(json.dumps(message).encode(), self.size, self._words)
+            received = _all_gather(json.dumps(message).encode(), self.size, self._message_group)
         except (RuntimeError, ValueError) as error:
             raise self._lost() from error
-        said = [json.loads(each) for each in heard]
-        for rank, each in enumerate(said):
+        messages = [json.loads(each) for each in received]
+        for rank, each in enumerate(messages):
             if "kind" in each:
                 self._agreed = own if own is not None and rank == self.rank else _error_of(rank, each)
                 raise self._agreed
-        return [each["word"] for each in said]
+        return [each["value"] for each in messages]
 
     def _lost(self) -> RankError:
         text = "another process of this run is gone, or does not answer; what was saved before is intact."
-        lost = RankError(text + self.advice)
+        lost = RankError(text + self.resume_hint)
         self._agreed = lost
         return lost
 
@@ -158,7 +158,7 @@ class World:
 
     def _reduce(self, flat: Tensor) -> None:
         try:
-            dist.all_reduce(flat, group=self._tensors)
+            dist.all_reduce(flat, group=self._tensor_group)
         except RuntimeError as error:
             raise self._lost() from error
 
@@ -166,13 +166,13 @@ class World:
         """Overwrite replicated tensors with those of process 0."""
         for tensor in tensors if self.size > 1 else ():
             if not isinstance(tensor, DTensor):
-                dist.broadcast(tensor.data, 0, group=self._tensors)
+                dist.broadcast(tensor.data, 0, group=self._tensor_group)
 
     def mesh(self, device_type: str) -> Any:
         """All processes in a row, for FSDP2."""
         from torch.distributed.device_mesh import DeviceMesh
 
-        return DeviceMesh.from_group(self._tensors, device_type)
+        return DeviceMesh.from_group(self._tensor_group, device_type)
 
     def device_name(self, name: str) -> str:
         """The `device` of the settings for this process: on a machine with cards each process has one of its own.
@@ -215,9 +215,9 @@ def join(held: ExitStack) -> World:
     world = World(rank, size, local_rank)
     if size > 1:
         try:
-            store = _meet(rank, size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=HANDSHAKE)
-            world.patient()
+            store = _find_each_other(rank, size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=CONNECT_TIMEOUT)
+            world.wait_long()
         except (RuntimeError, ValueError) as error:
             where = ":".join(os.environ[name] for name in names[2:])
             why = str(error).partition("\n")[0]
@@ -226,9 +226,9 @@ def join(held: ExitStack) -> World:
     return world
 
 
-def _meet(rank: int, size: int) -> Any:
-    """The store that all processes have written their names to; waits in steps, between which a signal is heard."""
-    until = time.monotonic() + ARRIVAL.total_seconds()
+def _find_each_other(rank: int, size: int) -> Any:
+    """The store that all processes have written their names to; waits in steps, between which a signal is noticed."""
+    until = time.monotonic() + START_TIMEOUT.total_seconds()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
     how: dict[str, Any] = {"is_master": serves, "wait_for_workers": False, "multi_tenant": True}
@@ -239,7 +239,7 @@ def _meet(rank: int, size: int) -> Any:
         except RuntimeError:
             if serves or time.monotonic() > until:
                 raise
-    store.set_timeout(HANDSHAKE)
+    store.set_timeout(CONNECT_TIMEOUT)
     store.set(f"minilora/{rank}", "here")
     while missing := [other for other in range(size) if not store.check([f"minilora/{other}"])]:
         if time.monotonic() > until:
@@ -248,32 +248,32 @@ def _meet(rank: int, size: int) -> Any:
     return store
 
 
-def _all_gather(word: bytes, size: int, group: Any) -> list[bytes]:
-    """The word of every process: in one round where all are short, else in two."""
-    head = len(word).to_bytes(8, "little") + word[: WORD_BYTES - 8]
-    heard = _all_gather_bytes(head, WORD_BYTES, size, group)
-    lengths = [int.from_bytes(each[:8], "little") for each in heard]
+def _all_gather(message: bytes, size: int, group: Any) -> list[bytes]:
+    """The message of every process: in one round where all are short, else in two."""
+    head = len(message).to_bytes(8, "little") + message[: MESSAGE_BYTES - 8]
+    received = _all_gather_bytes(head, MESSAGE_BYTES, size, group)
+    lengths = [int.from_bytes(each[:8], "little") for each in received]
     longest = max(lengths)
-    if longest > WORD_BYTES - 8:
-        heard = _all_gather_bytes(bytes(8) + word, 8 + longest, size, group)
-    return [each[8 : 8 + length] for each, length in zip(heard, lengths, strict=True)]
+    if longest > MESSAGE_BYTES - 8:
+        received = _all_gather_bytes(bytes(8) + message, 8 + longest, size, group)
+    return [each[8 : 8 + length] for each, length in zip(received, lengths, strict=True)]
 
 
-def _all_gather_bytes(word: bytes, num_bytes: int, size: int, group: Any) -> list[bytes]:
-    sent = torch.frombuffer(bytearray(word.ljust(num_bytes, b"\0")), dtype=torch.uint8)
-    heard = [torch.empty_like(sent) for _ in range(size)]
-    dist.all_gather(heard, sent, group=group)
-    return [each.numpy().tobytes() for each in heard]
+def _all_gather_bytes(message: bytes, num_bytes: int, size: int, group: Any) -> list[bytes]:
+    sent = torch.frombuffer(bytearray(message.ljust(num_bytes, b"\0")), dtype=torch.uint8)
+    received = [torch.empty_like(sent) for _ in range(size)]
+    dist.all_gather(received, sent, group=group)
+    return [each.numpy().tobytes() for each in received]
 
 
-def _error_of(rank: int, said: dict[str, Any]) -> Exception:
-    """The error that another process told."""
-    text = said["text"] if rank == 0 else f"process {rank}: {said['text']}"
-    if said["kind"] == StoppedError.__name__:
-        return StoppedError(said["text"], said["signal"])
-    if said["kind"] == BrokenPipeError.__name__:
+def _error_of(rank: int, message: dict[str, Any]) -> Exception:
+    """The error that another process has reported."""
+    text = message["text"] if rank == 0 else f"process {rank}: {message['text']}"
+    if message["kind"] == StoppedError.__name__:
+        return StoppedError(message["text"], message["signal"])
+    if message["kind"] == BrokenPipeError.__name__:
         return BrokenPipeError(text)
-    kind = getattr(errors, said["kind"], RankError)
+    kind = getattr(errors, message["kind"], RankError)
     return kind(text) if issubclass(kind, MiniloraError) else RankError(text)
 
 

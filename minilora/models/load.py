@@ -140,6 +140,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     attention.register()
     keep_few_products()
@@ -159,6 +160,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
         raise
     except Exception as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
     model, info = loaded
     if odd := [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]:
         which = f"{len(odd)} of them, the first {odd[0]}"

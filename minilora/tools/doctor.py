@@ -3,7 +3,7 @@
 Nothing but the standard library is imported at the top: what is missing or broken is what this is here to find.
 """
 
-import ctypes
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -20,7 +20,6 @@ from minilora.config import TrainConfig
 from minilora.errors import MiniloraError, ModelError, printable
 
 OUTPUT_BYTES, DOWNLOAD_BYTES = 2**30, 2 * 2**30  # free bytes that a run and a download of a small model take at most
-KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
 END, PAD = "<|im_end|>", "<|endoftext|>"
 MAX_HEADER_BYTES = 2**26  # of a weights file
 AGAIN = "hf download OWNER/NAME --local-dir FOLDER gets the model again; Qwen2, Qwen2.5 and Qwen3 are trained here"
@@ -114,9 +113,12 @@ def declared() -> tuple[str, dict[str, list[str]]]:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version, to compare it by."""
+    """The leading numbers of a version, to compare it by; 5.17 and 5.17.0 are the same."""
     found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
+    parts = [int(part) for part in found[0].split(".")] if found else []
+    while parts[1:] and parts[-1] == 0:
+        parts.pop()
+    return tuple(parts)
 
 
 def project(requirement: str) -> str:
@@ -170,47 +172,22 @@ def packages(asked: Asked) -> Iterator[Finding]:
 # ---------------------------------------------------------------------------------------- the device
 
 
-def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the installed NVIDIA driver runs, as (major, minor); None without a driver."""
-    try:
-        version = ctypes.c_int()
-        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return version.value // 1000, version.value % 1000 // 10
-
-
 def device(asked: Asked) -> Iterator[Finding]:
-    """Whether torch's build and the driver go together."""
+    """Whether torch's build and the driver fit each other."""
     import torch
 
+    from minilora.utils.device import cuda_problem, driver_cuda
+
     build, driver = torch.version.cuda, driver_cuda()
+    what, fix = cuda_problem()
     if getattr(torch.version, "hip", None):
         yield Finding("ok", "device", f"torch {torch.__version__} for ROCm {torch.version.hip}: not examined further")
-        return
-    if driver is None and KERNEL_DRIVER.exists():
-        fix = "in a container: start it with --gpus all; else install the driver's libraries again"
-        yield Finding("FAIL", "device", "the kernel has an NVIDIA driver, but libcuda.so.1 is not to be found", fix)
+    elif what:
+        yield Finding("FAIL", "device", what, fix)
     elif driver is None:
         what = f"built for CUDA {build}" if build else "built for the CPU"
         fix = "where there is an NVIDIA card: install its driver; nvidia-smi must list the card" if build else ""
         yield Finding("note" if build else "ok", "device", f"torch is {what}; no NVIDIA driver: the CPU trains", fix)
-    elif build is None:
-        what = (
-            f"the NVIDIA driver runs CUDA {driver[0]}.{driver[1]}, but torch {torch.__version__} is built for the CPU"
-        )
-        fix = f"install torch's build for CUDA {driver[0]}: its command is on pytorch.org/get-started"
-        yield Finding("FAIL", "device", what, fix)
-    elif numbers(build)[0] > driver[0]:
-        what = f"torch is built for CUDA {build}, the NVIDIA driver runs {driver[0]}.{driver[1]} at most"
-        fix = f"update the driver, or install torch's build for CUDA {driver[0]} (pytorch.org/get-started)"
-        yield Finding("FAIL", "device", what, fix)
-    elif not torch.cuda.is_available():
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        what = "driver and torch go together, but no card can be used"
-        fix = f"CUDA_VISIBLE_DEVICES is {seen!r}: unset it" if seen is not None else "nvidia-smi must list a card"
-        yield Finding("FAIL", "device", what, fix)
     else:
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         named = ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards)

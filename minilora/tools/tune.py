@@ -25,6 +25,7 @@ from minilora.training.checkpoint import TrainState, trainable
 from minilora.training.run import Run
 from minilora.training.setup import prepare
 from minilora.training.signals import StopRequest
+from minilora.utils.process import settings_of_a_run
 from minilora.utils.terminal import say
 
 GRID = {"lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "full": (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)}  # the middle one comes first
@@ -53,7 +54,8 @@ def tune(config: TrainConfig, search: Search) -> float | None:
     Raises what `run.prepare` raises, DataError when there are too few rows.
     """
     losses: dict[float, float] = {}
-    with StopRequest() as stop, TemporaryDirectory(prefix="minilora-tune-") as folder, ExitStack() as held:
+    with settings_of_a_run(), StopRequest() as stop, ExitStack() as held:
+        folder = held.enter_context(TemporaryDirectory(prefix="minilora-tune-"))
         run = prepare(short_run(config, search, Path(folder) / "run"), stop, held, header=False)
         with stop.interruptible():  # nothing can be lost
             rows = held_out_rows(run, search)

@@ -8,6 +8,7 @@ import re
 import reprlib
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from minilora.utils import files
 SCHEMA = 1
 MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
+BEST = "best"  # the folder of the adapter or model with the lowest held-out loss
+MAX_HEADER_BYTES = 2**26
 EMPTY_SAFETENSORS_BYTES = 64  # a header without tensors
 # Keys a resumed run may change: how long, how fast and how talkative it is. Those of the cut change what dropout draws,
 # those of the length change the learning rate's schedule; an unchanged run goes on to the bit.
@@ -34,6 +37,7 @@ FREE_KEYS = frozenset(
         *("max_tokens_per_micro_batch", "gradient_checkpointing", "packing", "share_prefix", "fsdp", "torch_compile"),
     )
 )
+NEWER_FIELDS = ("best_step",)  # of TrainState; 0.1's checkpoints do not have them
 PER_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")  # their product with the processes counts
 DEFAULTS = {
     name: list(field.default) if isinstance(field.default, tuple) else field.default for name, field in FIELDS.items()
@@ -57,6 +61,7 @@ class TrainState:
     first_eval_loss: float | None = None
     last_eval_loss: float | None = None
     best_eval_loss: float | None = None
+    best_step: int = -1  # the step of that evaluation; -1: none, or the run is of 0.1, which did not record it
     evals_since_best: int = 0
     evaluated_step: int = -1  # the step of the last evaluation
 
@@ -137,9 +142,9 @@ def checkpoint_path(run: Path, step: int) -> Path:
 def save(
     run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, identity: Identity, keep: int
 ) -> Path:
-    """Write the checkpoint of state.step, check it, then delete later ones, and all but the newest `keep` (0: none).
+    """Write the checkpoint of state.step and check it; then delete what this state does not know, and old checkpoints.
 
-    Later ones are damaged, or of a way that the run has been taken back from: they stay until the new way is on disk.
+    keep: the number of checkpoints that stay, the newest ones; 0: all. See `remove_abandoned`.
     """
     path = checkpoint_path(run, state.step)
     weights, moments = contents(model, optimizer)
@@ -166,7 +171,7 @@ def save(
         validate(path)
     except CheckpointError as error:  # nothing but the disk can have done this
         raise StorageError(f"{error} What was saved before is intact.") from error
-    remove_after(run, state.step)
+    remove_abandoned(run, state)
     with files.storage_errors(path.parent):
         for old in checkpoints(run)[keep:] if keep else []:
             if old != path:
@@ -195,8 +200,39 @@ def _own_sha256(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def remove_abandoned(run: Path, state: TrainState) -> None:
+    """Delete the checkpoints of later steps, and best/ if it is not of `state`. Call it when `state` is on the disk.
+
+    A run that goes on from an earlier checkpoint has abandoned them. A later checkpoint may also be a damaged one.
+    """
+    with files.storage_errors(run):
+        if best_is_abandoned(run, state):
+            files.remove_folder(run / BEST)
+    remove_after(run, state.step)
+
+
+def best_is_abandoned(run: Path, state: TrainState) -> bool:
+    """Whether best/ was saved at another step than the one that `state` has recorded as its best.
+
+    0.1 recorded the step neither in best/ nor in the state; its best/ stays unless there are later checkpoints.
+    """
+    if not (run / BEST).is_dir():
+        return False
+    step = saved_step(run / BEST)
+    went_back = any(step_of(path) > state.step for path in checkpoints(run))
+    return step != state.best_step or (step < 0 and went_back)
+
+
+def saved_step(folder: Path) -> int:
+    """The step that an adapter or model was saved at, from the header of its weights; -1 where none is recorded."""
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        with suppress(ValueError, KeyError, TypeError, AttributeError):
+            return int(files.safetensors_header(folder / name, MAX_HEADER_BYTES)["__metadata__"]["step"])
+    return -1
+
+
 def remove_after(run: Path, step: int) -> None:
-    """Delete the checkpoints of later steps: damaged, or of a way that the run is taken back from."""
+    """Delete the checkpoints of later steps."""
     with files.storage_errors(run):
         for path in checkpoints(run):
             if step_of(path) > step:
@@ -310,7 +346,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
     shapes = {f"{name}.{key}": tuple(p.shape) for name, p in params.items() for key in ("exp_avg", "exp_avg_sq")}
     stepped = manifest["files"][MOMENTS]["size"] > EMPTY_SAFETENSORS_BYTES  # not when every step so far was skipped
     moments = _read_tensors(path / MOMENTS, shapes | {f"{name}.step": () for name in params} if stepped else {})
-    state = _read_state(path / STATE)
+    state = read_state(path)
     with torch.no_grad():
         for name, buffer in frozen.items():
             buffer.copy_(weights[name])
@@ -323,11 +359,6 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
     return state
 
 
-def asked_tokens(path: Path) -> int:
-    """The token budget that a checkpoint's run was begun with. Raises CheckpointError."""
-    return _read_state(path / STATE).asked_tokens
-
-
 def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     try:
         return files.read_tensors(path, shapes)
@@ -335,14 +366,13 @@ def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, T
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _read_state(path: Path) -> TrainState:
-    """Counters and losses of the types that TrainState says. Raises CheckpointError."""
+def read_state(checkpoint: Path) -> TrainState:
+    """The counters and losses of a checkpoint, of the types that TrainState says. Raises CheckpointError."""
+    path = checkpoint / STATE
     saved = read_json(path)
     kinds = {field.name: field.type for field in dataclasses.fields(TrainState)}
-    if set(saved) != set(kinds):
-        raise CheckpointError(
-            f"{path}: the fields are not those of this version: {sorted(set(saved) ^ set(kinds))[:5]}"
-        )
+    if odd := sorted(set(saved) ^ (set(kinds) - (set(NEWER_FIELDS) - set(saved)))):
+        raise CheckpointError(f"{path}: the fields are not those of this version: {odd[:5]}")
     allowed = {"int": (int,), "float": (int, float), "float | None": (int, float, type(None))}
     for key, value in saved.items():
         fits = isinstance(value, allowed[str(getattr(kinds[key], "__name__", kinds[key]))])

@@ -52,9 +52,10 @@ def finish(run: Run, stop_reason: str) -> Summary:
     """Save the result, load it from the disk into a fresh model, compare, ask samples, and write summary.json."""
     result = run.folder / ("adapter" if run.config.method == "lora" else "model")
     save_result(run, result)
+    run.saved_result = result
     world = run.world
     world.run_on_main(
-        lambda: checkpoint.remove_after(run.folder, run.state.step)
+        lambda: checkpoint.remove_abandoned(run.folder, run.state)
     )  # it ends here, whatever it went back from
     with run.stop.interruptible() if world.main else nullcontext():  # the rest only looks at what is saved
         counts = parameter_counts(run.model)
@@ -118,6 +119,7 @@ def _verify(
         ],
     )
     files.replace_file(run.folder / SUMMARY, files.json_chunks(dataclasses.asdict(summary)))
+    run.stop.finished()
     _report(run, summary)
     _write_page(run)
     return summary

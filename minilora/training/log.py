@@ -18,7 +18,7 @@ from minilora.data.formats import Question
 from minilora.errors import ConfigError, first_line
 from minilora.utils import files
 from minilora.utils.device import gib
-from minilora.utils.terminal import one_line, say, style
+from minilora.utils.terminal import is_quiet, one_line, say, style
 
 METRICS, SAMPLES, SUMMARY, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "summary.json", "tensorboard"
 BOARD_KEYS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory_bytes", "epoch")
@@ -42,8 +42,8 @@ class RunLog:
         with files.storage_errors(self._path):
             self._descriptor = os.open(self._path, APPEND, 0o666)
         self._board = Board(run / TENSORBOARD, kept_step + 1) if board else None
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=not terminal, dynamic_ncols=True)
+        no_bar = is_quiet() or not sys.stderr.isatty()
+        self._bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=no_bar, dynamic_ncols=True)
         self._started, self._done_before = time.monotonic(), first_step
 
     def step(self, record: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class RunLog:
         self._bar.update()
         if self._board:
             self._board.scalars(step, {f"train/{name}": record[name] for name in BOARD_KEYS})
-        if self._bar.disable and (step % self._logging_steps == 0 or step in (1, self._num_steps)):
+        if self._bar.disable and not is_quiet() and (step % self._logging_steps == 0 or step in (1, self._num_steps)):
             left = (time.monotonic() - self._started) / (step - self._done_before) * (self._num_steps - step)
             print(f"step {step}/{self._num_steps}  epoch {record['epoch']:.2f}  {line}  left {left:.0f} s", flush=True)
 

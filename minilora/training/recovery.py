@@ -16,6 +16,12 @@ MAX_SKIPPED_IN_A_ROW = 3
 
 def stopped(run: Run, error: StoppedError) -> None:
     """Save what was done before a signal; the error then says where, and how to go on."""
+    if run.saved_result is not None:
+        error.args = (
+            f"{error} after all steps. {run.saved_result} is saved and complete; it was not loaded again and compared "
+            f"with what was trained. To do this: {run.resume_command}",
+        )
+        return
     if run.state.step:
         saved = save_checkpoint(run)
         error.args = (f"{error}; saved {saved}. Go on with: {run.resume_command}",)

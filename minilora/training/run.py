@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from minilora.models.trained import common_system_prompt
 from minilora.training.checkpoint import Identity, TrainState
 from minilora.training.log import NullLog, RunLog
 from minilora.training.signals import StopRequest
-from minilora.utils.device import trim_heap
+from minilora.utils.device import autocast, trim_heap
 
 
 @dataclass
@@ -46,18 +46,27 @@ class Run:
     schedule: Schedule
     state: TrainState
     identity: Identity
-    log: RunLog | NullLog
     stop: StopRequest
     world: World
     checkpointing: bool  # activations are computed again in the backward pass
+    log: RunLog | NullLog = field(default_factory=NullLog)
     first_step: int = 0  # steps that were done before this process began
     predicted_peak_bytes: int | None = None
     saved_step: int = -1  # of the checkpoint that this run has written last or was resumed from; -1: none
+    saved_result: Path | None = None  # the adapter or model, when the run is over
     before_skipped: TrainState | None = None  # the state before the first of several skipped steps
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 matrix products where the run computes in bf16."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return autocast(self.device, self.dtype)
+
+    @property
+    def stop_reason(self) -> str:
+        """Why no step is left to train; empty while there is one."""
+        if self.state.step >= self.schedule.num_steps:
+            return "completed"
+        patience = self.config.early_stopping_patience
+        return "early stopping" if patience and self.state.evals_since_best >= patience else ""
 
     @property
     def share_prefix(self) -> bool:
@@ -72,17 +81,17 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        """The command that goes on with this run, on this machine; of several, torchrun tells each its own."""
-        told, start = os.environ, ["python"]
-        started = Path(sys.argv[0])  # a clone's train.py, or the module of an installed package
-        program = [str(started.absolute())] if started.name == "train.py" else ["-m", "minilora", "train"]
+        """The command that goes on with this run on this machine. torchrun gives each of several machines its own."""
+        env, launcher = os.environ, ["python"]
+        script = Path(sys.argv[0])  # a clone's train.py, or the module of an installed package
+        program = [str(script.absolute())] if script.name == "train.py" else ["-m", "minilora", "train"]
         if self.world.size > 1:
-            start = ["torchrun"]
-            if told.get("GROUP_WORLD_SIZE", "1") != "1":
-                start += ["--nnodes", told["GROUP_WORLD_SIZE"], "--node-rank", told.get("GROUP_RANK", "0")]
-                start += ["--master-addr", told["MASTER_ADDR"], "--master-port", told["MASTER_PORT"]]
-            start += ["--nproc-per-node", told.get("LOCAL_WORLD_SIZE", str(self.world.size))]
-        return shlex.join([*start, *program, "--resume", str(self.folder.absolute())])
+            launcher = ["torchrun"]
+            if env.get("GROUP_WORLD_SIZE", "1") != "1":
+                launcher += ["--nnodes", env["GROUP_WORLD_SIZE"], "--node-rank", env.get("GROUP_RANK", "0")]
+                launcher += ["--master-addr", env["MASTER_ADDR"], "--master-port", env["MASTER_PORT"]]
+            launcher += ["--nproc-per-node", env.get("LOCAL_WORLD_SIZE", str(self.world.size))]
+        return shlex.join([*launcher, *program, "--resume", str(self.folder.absolute())])
 
     def batches(self, examples: Sequence[Example]) -> Iterator[Batch]:
         """The micro-batches that this process takes of the examples of a step, on its device."""

@@ -76,7 +76,8 @@ def _starting_point(config: TrainConfig, run: Path) -> tuple[Path | None, list[s
         checkpoint.validate(path)
         step = checkpoint.step_of(path)
         later = [each.name for each in checkpoint.checkpoints(run) if checkpoint.step_of(each) > step]
-        note = f"{', '.join(later)}: of another way than the one from here; removed when the next checkpoint is saved"
+        later += [checkpoint.BEST] * checkpoint.best_is_abandoned(run, checkpoint.read_state(path))
+        note = f"{', '.join(later)}: saved after this checkpoint; deleted when the next checkpoint is saved"
         return path, [f"resuming from {path}", *([note] if later else [])]
     found, refused = checkpoint.newest_valid(run)
     if config.resume != "auto" and found is None and refused:

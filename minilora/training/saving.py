@@ -27,7 +27,7 @@ SAMPLES_AT_ONCE = 8
 
 
 def save_model(
-    folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype, base_folder: Path, system_prompt: str
+    folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype, base_folder: Path, system_prompt: str, step: int
 ) -> None:
     """A Hugging Face model folder with the weights rounded once to dtype, and the base's own files beside them.
 
@@ -51,7 +51,7 @@ def save_model(
         write_record(aside, system_prompt)
         specs = {name: (dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
         chunks = files.lazy_safetensors_chunks(
-            specs, lambda name: full_tensor(weights[name]).to(dtype), {"format": "pt"}
+            specs, lambda name: full_tensor(weights[name]).to(dtype), {"format": "pt", "step": str(step)}
         )
         files.write_file(aside / "model.safetensors", chunks)
 
@@ -134,9 +134,9 @@ def record_evaluation(run: Run, loss: float) -> None:
     run.log.evaluation({"step": state.step, "eval_loss": loss if math.isfinite(loss) else None}, best)
     run.log.samples(state.step, zip(run.questions, answers, strict=False))
     if math.isfinite(loss) and (best is None or loss < best):
-        state.best_eval_loss, state.evals_since_best = loss, 0
+        state.best_eval_loss, state.best_step, state.evals_since_best = loss, state.step, 0
         if state.step:
-            save_result(run, run.folder / "best")
+            save_result(run, run.folder / checkpoint.BEST)
     else:
         state.evals_since_best += 1
     state.first_eval_loss = loss if state.step == 0 and math.isfinite(loss) else state.first_eval_loss
@@ -209,7 +209,9 @@ def save_result(run: Run, folder: Path) -> None:
     _refuse_spoilt(run)
     if run.config.method == "full":
         run.world.run_on_main(
-            lambda: save_model(folder, run.model, run.tokenizer, run.dtype, run.base_folder, run.system_prompt),
+            lambda: save_model(
+                folder, run.model, run.tokenizer, run.dtype, run.base_folder, run.system_prompt, run.state.step
+            ),
             lambda: take_part(run.model),
         )
     else:
@@ -230,4 +232,5 @@ def _save_adapter(run: Run, folder: Path) -> None:
     if config.init_lora_weights == "pissa":
         settings = adapter_format.converted(settings)
     metadata = {"base_fingerprint": run.identity.base_fingerprint, "system_prompt": run.system_prompt}
+    metadata["step"] = str(run.state.step)
     save_folder(folder, run.model, run.tokenizer, settings, metadata, run.base_folder)

@@ -28,13 +28,23 @@ from minilora.models.trainable import in_words, make_trainable
 from minilora.optim import make_optimizer
 from minilora.training import checkpoint
 from minilora.training.checkpoint import Identity, TrainState
-from minilora.training.log import NullLog, RunLog, check_board, marked_example, versions
+from minilora.training.log import RunLog, check_board, marked_example, versions
 from minilora.training.memory_estimate import Choice, Setup, choose_cut
 from minilora.training.run import Run
 from minilora.training.rundir import CONFIG, lasting_settings, lock_run_dir, resolve_run_dir
 from minilora.training.signals import StopRequest
 from minilora.utils import files
-from minilora.utils.device import device_name, free_bytes, gib, memory_bytes, peak_memory_bytes, pick_device, pick_dtype
+from minilora.utils.device import (
+    autocast,
+    device_name,
+    free_bytes,
+    gib,
+    memory_bytes,
+    peak_memory_bytes,
+    pick_device,
+    pick_dtype,
+    why_cpu,
+)
 from minilora.utils.terminal import say
 
 
@@ -51,40 +61,33 @@ def prepare(config: TrainConfig, stop: StopRequest, held: ExitStack, header: boo
 
 
 def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitStack, header: bool) -> Run:
-    if config.fsdp and world.size == 1:
-        raise ConfigError("fsdp = True shares the base out over processes: torchrun --nproc-per-node N train.py ...")
-    world.run_on_main(
-        lambda: str(resolve_run_dir(config))
-    )  # a folder that cannot be used is told before anything is read
-    if config.report_to == "tensorboard":
-        check_board()
+    _check_before_reading(config, world)
     sources = read_sources(config)
     device = world.connect(pick_device(world.device_name(config.device)))
     dtype = pick_dtype(config.dtype, device)
     base_folder = find_model(config.model)
     folder, resumed_from, notes = _claim(config, world, held)
-    begun = None if resumed_from else adapter_to_go_on(config)
+    first_adapter = None if resumed_from else adapter_to_go_on(config)
     tokenizer = load_tokenizer(base_folder)
     markup = ChatMarkup(tokenizer)
-    longest = longest_allowed(config, base_folder, notes)
-    sets = make_sets(config, sources, markup, longest)
+    sets = make_sets(config, sources, markup, longest_allowed(config, base_folder, notes))
     schedule = schedule_of(config, sets, world.size)
+
     shards = world.size if config.fsdp else 1
     setup = Setup(config, base_folder, dtype, device.type, bool(config.gradient_checkpointing), shards)
     choice = _choose_cut(setup, sets.train, schedule, device, resumed_from, world)
     before_loading = memory_bytes(device)
-    model, base_fingerprint = _trainable_model(config, base_folder, dtype, device, choice.checkpointing, begun, world)
+    model, base_fingerprint = _trainable_model(setup, choice.checkpointing, first_adapter, device, world)
     optimizer = make_optimizer(model, config.weight_decay, config.loraplus_lr_ratio)
-    _compile_kernels(config, model, sets.train, dtype, stop, tell=header and world.main)
+    if config.torch_compile:
+        _compile_kernels(model, sets.train, device, dtype, stop, header and world.main)
+
     identity = Identity(lasting_settings(config), base_fingerprint, sources.sha256, versions(), world.size)
     agree(world, identity, dtype, device)
     state = TrainState() if resumed_from is None else checkpoint.load(resumed_from, model, optimizer, identity)
     if state.asked_tokens != choice.max_tokens:  # changed settings go before the saved ones
         state.asked_tokens = state.max_tokens = choice.max_tokens
     world.broadcast_from_main([*checkpoint.trainable(model).values(), *checkpoint.starts(model).values()])
-    kept_step = state.step if resumed_from else -1
-    description = dataclasses.asdict(identity) | {"device": device_name(device), "dtype": str(dtype)}
-    description["data"] = [data_record(report) for report in sets.reports]
     run = Run(
         config=config,
         folder=folder,
@@ -101,33 +104,37 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
         schedule=schedule,
         state=state,
         identity=identity,
-        log=_begin_log(config, world, folder, description, (state.step, kept_step, schedule.num_steps), held),
         stop=stop,
         world=world,
         checkpointing=choice.checkpointing,
         predicted_peak_bytes=_predicted_peak(choice, device, before_loading),
-        saved_step=kept_step,
+        saved_step=state.step if resumed_from else -1,
         first_step=state.step,
     )
-    world.advice = f" Go on with: {run.resume_command}"
+    if world.main:
+        run.log = _open_log(run, sets.reports, held)
+    world.resume_hint = f" Go on with: {run.resume_command}"
     if header and world.main:
         _header(run, sets.reports, [*notes, *choice.notes])
     return run
 
 
-def _begin_log(
-    config: TrainConfig,
-    world: World,
-    folder: Path,
-    description: dict[str, Any],
-    steps: tuple[int, int, int],
-    held: ExitStack,
-) -> RunLog | NullLog:
-    """config.json and the log of the process that writes; steps: the first one, the kept one, their number."""
-    if not world.main:
-        return NullLog()
-    files.replace_file(folder / CONFIG, files.json_chunks(description))
-    log = RunLog(folder, *steps, config.logging_steps, config.report_to == "tensorboard")
+def _check_before_reading(config: TrainConfig, world: World) -> None:
+    """Raise ConfigError for what cannot work, whatever the files hold."""
+    if config.fsdp and world.size == 1:
+        raise ConfigError("fsdp = True shares the base out over processes: torchrun --nproc-per-node N train.py ...")
+    world.run_on_main(lambda: str(resolve_run_dir(config)))
+    if config.report_to == "tensorboard":
+        check_board()
+
+
+def _open_log(run: Run, reports: Sequence[DataReport], held: ExitStack) -> RunLog:
+    """Write config.json and open the log of the process that writes."""
+    description = dataclasses.asdict(run.identity) | {"device": device_name(run.device), "dtype": str(run.dtype)}
+    description["data"] = [data_record(report) for report in reports]
+    files.replace_file(run.folder / CONFIG, files.json_chunks(description))
+    steps = (run.state.step, run.saved_step, run.schedule.num_steps)
+    log = RunLog(run.folder, *steps, run.config.logging_steps, run.config.report_to == "tensorboard")
     held.callback(log.close)
     return log
 
@@ -176,25 +183,22 @@ def longest_allowed(config: TrainConfig, base_folder: Path, notes: list[str]) ->
 
 
 def _trainable_model(
-    config: TrainConfig,
-    base_folder: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    checkpointing: bool,
-    begun: Path | None,
-    world: World,
+    setup: Setup, checkpointing: bool, first_adapter: Path | None, device: torch.device, world: World
 ) -> tuple[Any, str]:
     """(the base with what is trained in it, the base's fingerprint); method full trains fp32 masters.
 
-    begun: the adapter whose values the run begins with
+    first_adapter: the run begins with the values of this adapter
     """
-    torch.backends.cuda.matmul.allow_tf32 = True  # fp32 products may use tensor cores
+    config, dtype = setup.config, setup.dtype
     place = torch.device("cpu") if config.fsdp else device  # it may be larger than one device
-    model: Any = load_model(base_folder, torch.float32 if config.method == "full" else dtype, place, config.base_bits)
+    loaded_as = torch.float32 if config.method == "full" else dtype
+    model: Any = load_model(setup.base_folder, loaded_as, place, config.base_bits)
     base_fingerprint = fingerprint(model)
-    updates = adapter_format.read(model, begun, base_fingerprint, allow_other_base=None)[1] if begun else None
-    make_trainable(model, config, checkpointing)
-    if updates:
+    if first_adapter is None:
+        make_trainable(model, config, checkpointing)
+    else:
+        _, updates = adapter_format.read(model, first_adapter, base_fingerprint, allow_other_base=None)
+        make_trainable(model, config, checkpointing)
         adapter_format.fill(model, updates)
     if config.fsdp:
         shard(model, world, device, dtype)
@@ -202,17 +206,14 @@ def _trainable_model(
 
 
 def _compile_kernels(
-    config: TrainConfig, model: Any, train_set: Dataset, dtype: torch.dtype, stop: StopRequest, tell: bool
+    model: Any, train_set: Dataset, device: torch.device, dtype: torch.dtype, stop: StopRequest, announce: bool
 ) -> None:
-    """Have torch.compile make its kernels before the first step, where it is to. Raises ConfigError where it cannot."""
-    if not config.torch_compile:
-        return
-    if tell:
+    """Have torch.compile make its kernels before the first step. Raises ConfigError where it cannot."""
+    if announce:
         say("compiling", "norms, SwiGLU and rotary embedding; later runs find them ready")
-    batch = collate([train_set[int(train_set.lengths.argmin())]]).to(next(model.parameters()).device)
-    bf16 = dtype == torch.bfloat16
+    batch = collate([train_set[int(train_set.lengths.argmin())]]).to(device)
     try:
-        with packed(model.train()), torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16):
+        with packed(model.train()), autocast(device, dtype):
             hidden_states(model, batch).sum().backward()
     except Exception as error:  # no compiler, a broken one, a cache that cannot be written: each its own class
         stop.check()  # a signal meets the compiler, too
@@ -229,7 +230,7 @@ def _choose_cut(
     """
     config = setup.config
     asked = config.max_tokens_per_micro_batch if config.packing else 1  # smaller than any example: each goes alone
-    if not asked and resumed_from is not None and (before := checkpoint.asked_tokens(resumed_from)) > 1:
+    if not asked and resumed_from is not None and (before := checkpoint.read_state(resumed_from).asked_tokens) > 1:
         asked = before if device.type == "cuda" else 0
     first_step = [train_set[i] for i in schedule.examples_of(0)]
     most = default_tokens(device.type, first_step, shares_prefix(config, device.type))
@@ -276,7 +277,13 @@ def _header(run: Run, reports: Sequence[DataReport], notes: list[str]) -> None:
         base = " and a part of every layer of the base" * run.world.sharded
         say("processes", f"{run.world.size}, each takes its share of a step's tokens{base}")
     say("steps", f"{schedule.num_steps:,} ({schedule.steps_per_epoch:,} an epoch), from step {run.state.step:,}")
+    if run.stop_reason == "completed":
+        say("", f"all {schedule.num_steps:,} steps are done: nothing is left to train")
+    elif run.stop_reason:
+        say("", f"early stopping has ended this run at step {run.state.step:,}: nothing is left to train")
     say("device", f"{device_name(run.device)}, matrix products in {str(run.dtype).removeprefix('torch.')}")
+    if config.device == "auto" and run.device.type == "cpu" and (why := why_cpu()):
+        say("", why)
     peak = f", {gib(run.predicted_peak_bytes)} predicted at the peak" if run.predicted_peak_bytes else ""
     say("memory", f"{gib(memory_bytes(run.device))} in use before training{peak}")
     say("example", marked_example(run.train_set[0], run.tokenizer))

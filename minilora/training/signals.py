@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,19 +12,26 @@ from minilora.errors import StoppedError
 
 
 class StopRequest:
-    """Within this context a signal is remembered, and `check` raises StoppedError where it is safe to stop."""
+    """Within this context a signal is remembered, and `check` raises StoppedError where it is safe to stop.
+
+    Only the main thread can handle signals. In another thread this does nothing.
+    """
 
     def __init__(self) -> None:
         self.signal_number = 0
-        self._at_once = False
+        self._at_once = self._finished = False
         self._before: dict[int, Any] = {}
         self._terminals: list[int] = []
 
     def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means to go on
-                self._before[number] = signal.signal(number, self._remember)
+            before = signal.getsignal(number)
+            if before is None or (number == signal.SIGHUP and before == signal.SIG_IGN):
+                continue  # a handler that is not Python's cannot be put back; nohup means to go on
+            self._before[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,7 +69,11 @@ class StopRequest:
         finally:
             self._at_once = before
 
+    def finished(self) -> None:
+        """Nothing is left to stop: from now on a signal changes nothing, except a second SIGINT."""
+        self._at_once, self._finished = False, True
+
     def check(self) -> None:
         """Raise StoppedError if a signal has come."""
-        if self.signal_number:
+        if self.signal_number and not self._finished:
             raise StoppedError(f"stopped by {signal.Signals(self.signal_number).name}", self.signal_number)

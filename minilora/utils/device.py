@@ -5,7 +5,9 @@ import os
 import re
 import resource
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +22,7 @@ OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_S
 # front of it keep 1,024 of them, by which a run grew step by step (as in github.com/pytorch/pytorch/issues/27971).
 PRODUCTS_KEPT = 48
 PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -106,6 +109,47 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the installed NVIDIA driver runs, as (major, minor); None without a driver."""
+    try:
+        version = ctypes.c_int()
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def cuda_problem() -> tuple[str, str]:
+    """Why torch does not use an NVIDIA card that seems to be there, and the fix; both empty where nothing is odd."""
+    build, driver = torch.version.cuda, driver_cuda()
+    if getattr(torch.version, "hip", None):
+        return "", ""
+    if driver is None:
+        if not KERNEL_DRIVER.exists():
+            return "", ""
+        fix = "in a container, start it with --gpus all; on the machine itself, install the driver's libraries again"
+        return "the kernel has an NVIDIA driver, but libcuda.so.1 is not found", fix
+    runs = f"the NVIDIA driver runs CUDA {driver[0]}.{driver[1]}"
+    if build is None:
+        what = f"{runs}, but torch {torch.__version__} is built for the CPU"
+        return what, f"install torch's build for CUDA {driver[0]}: its command is on pytorch.org/get-started"
+    if int(build.partition(".")[0]) > driver[0]:  # a driver runs all minor versions of its CUDA
+        fix = f"update the driver, or install torch's build for CUDA {driver[0]} (pytorch.org/get-started)"
+        return f"torch is built for CUDA {build}, but {runs} at most", fix
+    if torch.cuda.is_available():
+        return "", ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    fix = f"CUDA_VISIBLE_DEVICES is {visible!r}: unset it" if visible is not None else "nvidia-smi must list a card"
+    return "the driver fits torch, but torch finds no card", fix
+
+
+def why_cpu() -> str:
+    """One line that says why `--device auto` takes the CPU although an NVIDIA card seems to be there, and the fix."""
+    what, fix = cuda_problem()
+    return f"{what}; {fix}" if what else ""
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The base's dtype; auto is bfloat16 where the hardware multiplies in it, else float32, never float16."""
     if name != "auto":
@@ -121,6 +165,11 @@ def _cpu_multiplies_bf16() -> bool:
     except OSError:
         return False
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16 "))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Matrix products in bf16 where `dtype`, the type of a run's products, is bf16; else nothing changes."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def device_name(device: torch.device) -> str:

@@ -2,6 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from tqdm import tqdm
@@ -15,8 +18,28 @@ def style(text: str, code: str, stream: Any = None) -> str:
     return f"\x1b[{code}m{text}\x1b[0m" if stream.isatty() and not os.environ.get("NO_COLOR") else text
 
 
+_quiet = ContextVar("quiet", default=False)
+
+
+def is_quiet() -> bool:
+    """Whether a run prints nothing and shows no progress bar."""
+    return _quiet.get()
+
+
+@contextmanager
+def quiet(on: bool = True) -> Iterator[None]:
+    """Inside, `is_quiet()` is `on`, in this thread."""
+    token = _quiet.set(on)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
 def say(label: str, text: str) -> None:
-    """One line of the header or the report."""
+    """One line of the header or the report; nothing where `is_quiet()`."""
+    if is_quiet():
+        return
     tqdm.write(f"{style(f'{label:<12}', '1')} {text}", file=sys.stdout)
     sys.stdout.flush()
 

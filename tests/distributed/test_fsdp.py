@@ -25,7 +25,7 @@ from minilora.config import TARGET_GROUPS
 from minilora.distributed import world as dist_world
 from minilora.errors import ConfigError
 from minilora.training import checkpoint
-from minilora.training import run as training_run
+from minilora.training import setup as training_setup
 from minilora.training.memory_estimate import choose_cut
 from minilora.training.setup import prepare
 from minilora.training.signals import StopRequest
@@ -303,7 +303,7 @@ def memory_of_shards(make_config, world, tmp_path, folder, size=2, words=40, **k
 
     def work(rank):
         predicted = []
-        training_run.choose_cut = lambda *args: predicted.append(choose_cut(*args)) or predicted[0]
+        training_setup.choose_cut = lambda *args: predicted.append(choose_cut(*args)) or predicted[0]
         with ExitStack() as held:
             own = prepare(config, StopRequest(), held)
             for param in own.model.parameters():

@@ -17,8 +17,11 @@ import torch
 from minilora import cli
 from minilora.errors import ModelError
 from minilora.tools import doctor
-from minilora.tools.doctor import Asked, declared, driver_cuda, examine, lacking, not_whole
+from minilora.tools.doctor import Asked, declared, examine, lacking, not_whole, numbers, project
+from minilora.utils import device as devices
+from minilora.utils.device import driver_cuda, why_cpu
 
+UNREAD = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "XDG_", "TORCH", "CUDA_")  # what the machine of a test does not set
 PAD_LINE = '"pad_token": "<|endoftext|>"'
 
 
@@ -29,11 +32,13 @@ def machine(tmp_path, tiny_folder, monkeypatch):
     shutil.copytree(tiny_folder, model)
     (tmp_path / "cache").mkdir()
     monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(UNREAD)]:
+        monkeypatch.delenv(name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("minilora.models.load.hub_answers", lambda name: "")
     monkeypatch.setattr("minilora.models.load.cached_model", lambda name: None)
-    monkeypatch.setattr(doctor, "driver_cuda", lambda: None)
-    monkeypatch.setattr(doctor, "KERNEL_DRIVER", tmp_path / "no driver")
+    monkeypatch.setattr(devices, "driver_cuda", lambda: None)
+    monkeypatch.setattr(devices, "KERNEL_DRIVER", tmp_path / "no driver")
     monkeypatch.setattr(torch.version, "cuda", None)
     write(model / "generation_config.json", eos_token_id=end_of(model))
 
@@ -85,16 +90,16 @@ def test_all_is_well(machine, capsys):
 
 
 def no_cuda_build(machine):
-    machine.patch.setattr(doctor, "driver_cuda", lambda: (12, 2))
+    machine.patch.setattr(devices, "driver_cuda", lambda: (12, 2))
 
 
 def driver_too_old(machine):
-    machine.patch.setattr(doctor, "driver_cuda", lambda: (12, 2))
+    machine.patch.setattr(devices, "driver_cuda", lambda: (12, 2))
     machine.patch.setattr(torch.version, "cuda", "13.0")
 
 
 def hidden_card(machine):
-    machine.patch.setattr(doctor, "driver_cuda", lambda: (12, 8))
+    machine.patch.setattr(devices, "driver_cuda", lambda: (12, 8))
     machine.patch.setattr(torch.version, "cuda", "12.6")
     machine.patch.setattr(torch.cuda, "is_available", lambda: False)
     machine.patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -232,9 +237,9 @@ def run_folder(machine):
 
 FAULTS = [
     (no_cuda_build, "FAIL", "device", "runs CUDA 12.2, but torch", "torch's build for CUDA 12"),
-    (driver_too_old, "FAIL", "device", "built for CUDA 13.0, the NVIDIA driver runs 12.2 at most", "update the driver"),
-    (hidden_card, "FAIL", "device", "no card can be used", "CUDA_VISIBLE_DEVICES is '': unset it"),
-    (container_without_card, "FAIL", "device", "libcuda.so.1 is not to be found", "--gpus all"),
+    (driver_too_old, "FAIL", "device", "CUDA 13.0, but the NVIDIA driver runs CUDA 12.2 at most", "update the driver"),
+    (hidden_card, "FAIL", "device", "torch finds no card", "CUDA_VISIBLE_DEVICES is '': unset it"),
+    (container_without_card, "FAIL", "device", "libcuda.so.1 is not found", "--gpus all"),
     (wrong_pad_token, "note", "pad token", "<|im_end|> in the files; runs here pad with <|endoftext|>", PAD_LINE),
     (added_pad_token, "FAIL", "pad token", "the pad token '[PAD]' has id", PAD_LINE),
     (no_end_token, "note", "end token", "does not name <|im_end|>", '"eos_token_id": ['),
@@ -273,7 +278,7 @@ def test_a_planted_fault_is_named_with_its_fix(fault, machine, capsys):
 
 def test_a_driver_runs_all_minor_versions_of_its_cuda(machine):
     """CUDA's minor version compatibility: torch for 12.6 runs on a driver for 12.2."""
-    machine.patch.setattr(doctor, "driver_cuda", lambda: (12, 2))
+    machine.patch.setattr(devices, "driver_cuda", lambda: (12, 2))
     machine.patch.setattr(torch.version, "cuda", "12.6")
     machine.patch.setattr(torch.cuda, "is_available", lambda: True)
     machine.patch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -281,6 +286,16 @@ def test_a_driver_runs_all_minor_versions_of_its_cuda(machine):
     machine.patch.setattr(torch.cuda, "get_device_properties", lambda number: card)
     (found,) = doctor.device(Asked(None, "runs"))
     assert (found.state, found.text) == ("ok", "RTX 4080 (16 GiB); torch for CUDA 12.6, driver for 12.2")
+
+
+@pytest.mark.parametrize("plant", [no_cuda_build, driver_too_old, hidden_card, container_without_card])
+def test_a_run_can_say_why_it_takes_the_cpu(machine, plant):
+    """`train` says the same as `doctor`, in one line; where nothing is odd it says nothing."""
+    assert why_cpu() == ""
+    plant(machine)
+    (found,) = doctor.device(Asked(None, "runs"))
+    assert found.state == "FAIL"
+    assert why_cpu() == f"{found.text}; {found.fix}"
 
 
 # ---------------------------------------------------------------------------------------- where the hub is needed
@@ -350,6 +365,16 @@ def test_requirements_are_those_of_the_project():
             assert doctor.numbers(least), requirement
 
 
+def test_no_floor_is_below_what_transformers_asks_for():
+    """A floor below it claims a version with which nothing was ever run."""
+    asked = {project(line): line for line in importlib.metadata.requires("transformers") if "extra" not in line}
+    shared = [requirement for requirement in declared()[1][""] if project(requirement) in asked]
+    assert {project(requirement) for requirement in shared} >= {"safetensors", "tokenizers", "numpy"}
+    for requirement in shared:
+        least = re.search(r">=([\d.]+)", asked[project(requirement)])
+        assert numbers(requirement.partition(">=")[2]) >= numbers(least[1]), requirement
+
+
 def test_requirements_of_an_installed_package(tmp_path, monkeypatch):
     lines = ["Requires-Python: >=3.11", "Requires-Dist: torch>=2.11", 'Requires-Dist: peft>=0.19; extra == "bench"']
     about = tmp_path / "minilora-1.dist-info"
@@ -368,7 +393,13 @@ def test_requirements_of_an_installed_package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("installed", "least", "good"),
-    [("2.13.0+cpu", "2.11", True), ("2.9.1", "2.11", False), ("5.17.0.dev0", "5.17", True), ("5.17", "5.17.1", False)],
+    [
+        ("2.13.0+cpu", "2.11", True),
+        ("2.9.1", "2.11", False),
+        ("5.17.0.dev0", "5.17", True),
+        ("5.17", "5.17.1", False),
+        ("5.17", "5.17.0", True),
+    ],
 )
 def test_versions_are_compared_as_numbers(installed, least, good, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: installed)
