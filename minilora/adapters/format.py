@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import AdapterError, DivergedError
+from minilora.errors import AdapterError, DivergedError, ModelError
 from minilora.lora import inject, lora_layers
-from minilora.models.load import what_else
+from minilora.models.load import find_model, what_else
 from minilora.utils import files
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -256,6 +256,28 @@ def base_of(folder: Path, model_name: str | None = None) -> str:
     if name := model_name or config.base_model:
         return name
     raise AdapterError(f"{folder} does not say which base it was trained on: give --model")
+
+
+def find_base(model_name: str | None, folder: str | Path | None) -> Path:
+    """The model folder of a name, or of the base that an adapter's folder names.
+
+    Raises ModelError that says so where the name stands in the adapter's own file.
+    """
+    adapter = Path(os.path.expanduser(folder)) if folder else None
+    name = model_name or (base_of(adapter) if adapter else "")
+    try:
+        return find_model(name)
+    except ModelError as error:
+        if adapter is None or name not in _named_base(adapter):
+            raise
+        raise ModelError(f"{error} {adapter / CONFIG} names this base: give its new place as --model.") from error
+
+
+def _named_base(folder: Path) -> list[str]:
+    try:
+        return [read_config(folder).base_model]
+    except AdapterError:  # a run that is resumed does not need the adapter that it began with
+        return []
 
 
 def read_metadata(folder: Path) -> dict[str, str]:

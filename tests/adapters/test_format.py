@@ -9,6 +9,7 @@ from conftest import logits, save_random_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from minilora import cli
 from minilora.adapters import format as adapter_format
 from minilora.config import TARGET_GROUPS as TARGETS
 from minilora.errors import AdapterError, DivergedError
@@ -472,3 +473,43 @@ def test_files_that_are_not_there_are_one_clear_error(write, load_tiny, tmp_path
         (folder / name).rmdir()
         os.rename(folder / "aside", folder / name)
     assert not attempt(tmp_path / "nowhere", load_tiny)
+
+
+# ---------------------------------------------------------------------------------------- the base that it names
+
+
+@pytest.mark.parametrize("name", ["/gone/base", "gone/base"])
+@pytest.mark.parametrize("verb", ["verify", "generate", "merge", "train", "plan"])
+def test_a_base_that_is_gone_is_named_with_the_file_that_names_it(write, tmp_path, monkeypatch, capsys, name, verb):
+    monkeypatch.setattr("minilora.models.load.hub_answers", lambda name: "the hub answered with status 404")
+    monkeypatch.setattr("minilora.models.load.cached_model", lambda name: None)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    folder, _ = write()
+    configure(folder, base_model_name_or_path=name)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "input": "", "output": "b"}\n')
+    own = {
+        "generate": ["hello"],
+        "merge": ["--output_dir", str(tmp_path / "merged")],
+        "train": ["--train_file", str(rows), "--output_dir", str(tmp_path / "run")],
+        "plan": ["--train_file", str(rows)],
+        "verify": [],
+    }
+    assert cli.main([verb, "--adapter", str(folder), *own[verb]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert repr(name) in line
+    assert f"{folder / adapter_format.CONFIG} names this base: give its new place as --model." in line
+    assert cli.main([verb, "--adapter", str(folder), "--model", "/elsewhere", *own[verb]]) == 2
+    assert "names this base" not in capsys.readouterr().err, "that name was given"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_adapter_that_changes_nothing_is_reported_as_such(load_tiny, tiny_folder, tmp_path, capsys, trained):
+    settings = {"rank": 2, "alpha": 4, "prompt": ""}
+    save_random_adapter(load_tiny(), tmp_path / "adapter", tiny_folder, ("q_proj", "v_proj"), **settings)
+    if not trained:
+        change(tmp_path / "adapter", lambda ts: [t.zero_() for name, t in ts.items() if "lora_B" in name])
+    assert cli.main(["verify", "--adapter", str(tmp_path / "adapter")]) == 0
+    printed = capsys.readouterr().out
+    assert ("it changes nothing" in printed) == (not trained)
+    assert printed.startswith("verified" if trained else "no effect")
