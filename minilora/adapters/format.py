@@ -174,7 +174,7 @@ def read_config(folder: Path) -> AdapterConfig:
         rank=raw["r"],
         alpha=raw["lora_alpha"],
         dropout=float(dropout),
-        target_modules=tuple(sorted(set(names))) if plain else layer_names(folder),
+        target_modules=tuple(sorted(set(names))) if plain else layer_names(folder, targets),
         rslora=raw.get("use_rslora") or False,
         dora=raw.get("use_dora") or False,
         pattern="" if plain else shown(targets),
@@ -212,13 +212,18 @@ def adapted_layers(folder: Path) -> list[str]:
     return [key[len(PREFIX) : -len(ending)] for key in header if key.startswith(PREFIX) and key.endswith(ending)]
 
 
-def layer_names(folder: Path) -> tuple[str, ...]:
+def layer_names(folder: Path, targets: Any) -> tuple[str, ...]:
     """The last names of the layers that an adapter's file has tensors for.
 
     PEFT matches target_modules (a regular expression, all-linear, endings with dots) against the base's layers and
     saves what it found: the file itself says which layers they are, and no expression of a stranger is run here.
     """
-    names = {layer.rpartition(".")[2] for layer in adapted_layers(folder)}
+    layers = adapted_layers(folder)
+    if isinstance(targets, list):
+        fitting = {target: {x for x in layers if x == target or x.endswith(f".{target}")} for target in targets}
+        if not all(fitting.values()) or set(layers) != set().union(*fitting.values()):
+            raise AdapterError(f"{folder}: target_modules = {shown(targets)} are not the layers of its {WEIGHTS}.")
+    names = {layer.rpartition(".")[2] for layer in layers}
     if not names:
         raise AdapterError(f"{folder / WEIGHTS}: it holds no tensor that is named as PEFT names them ({PREFIX}...).")
     return tuple(sorted(names))

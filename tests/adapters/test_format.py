@@ -208,6 +208,14 @@ def test_an_adapter_on_some_layers_of_a_name_is_refused_truly(load_tiny, tmp_pat
     assert not lora_layers(model)
 
 
+def test_names_that_are_not_the_files_layers_are_refused(load_tiny, tmp_path):
+    by_peft(load_tiny(), tmp_path, target_modules=["q_proj", "v_proj"])
+    for targets in (["self_attn.q_proj"], ["q_proj", "v_proj", "self_attn.x"], ["../q_proj", "v_proj"]):
+        configure(tmp_path, target_modules=targets)
+        with pytest.raises(AdapterError, match="are not the layers of its adapter_model.safetensors"):
+            adapter_format.read_config(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("keys", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.1}])
 def test_pefts_adapters_in_16_bits_are_read(load_tiny, tmp_path, dtype, keys):
