@@ -449,6 +449,9 @@ def verify_command(argv: Sequence[str]) -> int:
     verdict = verify(Path(args.adapter).expanduser(), args.model, args.device)
     base = "the base it was trained on" if verdict.same_base else "it does not say on which base it was trained"
     what = f"{args.adapter}: r {verdict.config.rank} on {verdict.num_layers} layers, all finite; {base}"
+    if verdict.changes_nothing:
+        print(f"{'no effect':<12} {what}; it changes nothing: its logits are those of the base. Was it trained?")
+        return 0
     print(
         f"{'verified':<12} {what}; moves logits by up to {verdict.largest_effect:.3g}; "
         f"merged into the weights they differ by {verdict.max_logit_difference:.2g}"

@@ -19,6 +19,10 @@ class ModelError(MiniloraError, ValueError):
     """A base model or tokenizer that cannot be had, or that this library cannot train exactly."""
 
 
+class UnsupportedModelError(ModelError):
+    """A model of a kind that this library cannot train; another copy of the same model does not help."""
+
+
 class AdapterError(MiniloraError, ValueError):
     """An adapter that does not fit the base it is put on, or whose files are not what they claim."""
 

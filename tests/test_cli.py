@@ -186,7 +186,7 @@ def test_numbers_that_cannot_be_sampled_with(flags, no_model, capsys):
 
 
 def test_bad_data_is_found_before_the_model_is_loaded(no_model, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("minilora.training.setup.find_model", lambda name: pytest.fail("the model was looked for"))
+    monkeypatch.setattr("minilora.training.setup.find_base", lambda *names: pytest.fail("the model was looked for"))
     path = tmp_path / "rows.jsonl"
     path.write_text('{"instruction": "a", "output": "b"}\nnonsense\n{"instruction": "a"}\n')
     for flags in (["--train_file", path], ["--train_file", write_jsonl(tmp_path / "t.jsonl", 3), "--eval_file", path]):

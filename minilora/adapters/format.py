@@ -5,7 +5,7 @@ Format: https://github.com/huggingface/peft/blob/main/docs/source/developer_guid
 
 import math
 import os
-import reprlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minilora.errors import AdapterError, DivergedError
+from minilora.errors import AdapterError, DivergedError, ModelError
 from minilora.lora import inject, lora_layers
-from minilora.models.load import what_else
+from minilora.models.load import find_model, what_else
 from minilora.models.trained import end_tokens, save_tokenizer, write_generation
 from minilora.utils import files
 
@@ -41,6 +41,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "exclude_modules": (None, []),
     "alora_invocation_tokens": (None,),
     "use_bdlora": (None,),
+    "megatron_config": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
     # the others (pissa, olora, corda, loftq, ...) change the base too, and PEFT does so again when it loads one
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
@@ -57,6 +62,7 @@ class AdapterConfig:
     target_modules: tuple[str, ...]
     rslora: bool
     dora: bool = False
+    pattern: str = ""  # target_modules as the file has them where they are no plain names, else empty
 
     @property
     def scale(self) -> float:
@@ -138,34 +144,90 @@ def read_config(folder: Path) -> AdapterConfig:
         else:
             hint = " It holds a model: give that as --model." * (folder / "config.json").is_file()
         raise AdapterError(f"{folder} is no adapter: {path.name}: {error}.{hint}") from error
+    refuse_pickle(folder)
     wrong = [
-        f"{key} = {reprlib.repr(raw[key])} is not supported here (only {allowed[0]!r})"
+        f"{key} = {shown(raw[key])} is not supported here (only {allowed[0]!r})"
         for key, allowed in NEUTRAL.items()
-        if key in raw and raw[key] not in allowed
+        if raw.get(key) is not None and raw[key] not in allowed
     ]
-    targets = raw.get("target_modules")
+    way_out = f" {MERGE_IN_PEFT}" if wrong and raw.get("peft_type") == "LORA" else ""
+    for key in ("r", "lora_alpha"):
+        if isinstance(raw.get(key), float) and raw[key].is_integer():
+            raw[key] = int(raw[key])  # some write 16.0
+    targets, dropout = raw.get("target_modules"), raw.get("lora_dropout") or 0.0
+    names = [targets] if isinstance(targets, str) else targets
     checks = {
         "r": _is_int(raw.get("r")) and 1 <= raw["r"] <= 2**16,
         "lora_alpha": _is_int(raw.get("lora_alpha")) and abs(raw["lora_alpha"]) < 2**31,
-        "lora_dropout": isinstance(raw.get("lora_dropout", 0.0), (int, float))
-        and 0 <= raw.get("lora_dropout", 0.0) < 1,
-        "target_modules": isinstance(targets, list) and bool(targets) and all(isinstance(t, str) for t in targets),
-        "use_rslora": isinstance(raw.get("use_rslora", False), bool),
-        "use_dora": isinstance(raw.get("use_dora", False), bool),
+        "lora_dropout": isinstance(dropout, (int, float)) and 0 <= dropout < 1,
+        "target_modules": isinstance(names, list) and bool(names) and all(isinstance(n, str) and n for n in names),
+        "use_rslora": isinstance(raw.get("use_rslora") or False, bool),
+        "use_dora": isinstance(raw.get("use_dora") or False, bool),
         "base_model_name_or_path": isinstance(raw.get("base_model_name_or_path", ""), (str, type(None))),
     }
-    wrong += [f"{key} = {reprlib.repr(raw.get(key))} is not usable" for key, good in checks.items() if not good]
+    wrong += [f"{key} = {shown(raw.get(key))} is not usable" for key, good in checks.items() if not good]
     if wrong:
-        raise AdapterError(f"{path}: " + "; ".join(wrong) + ".")
+        raise AdapterError(f"{path}: " + "; ".join(wrong) + f".{way_out}")
+    assert names is not None
+    plain = isinstance(targets, list) and all(re.fullmatch(r"\w+", name) for name in names)
     return AdapterConfig(
         base_model=raw.get("base_model_name_or_path") or "",
         rank=raw["r"],
         alpha=raw["lora_alpha"],
-        dropout=float(raw.get("lora_dropout", 0.0)),
-        target_modules=tuple(sorted(set(targets or ()))),
-        rslora=raw.get("use_rslora", False),
-        dora=raw.get("use_dora", False),
+        dropout=float(dropout),
+        target_modules=tuple(sorted(set(names))) if plain else layer_names(folder, targets),
+        rslora=raw.get("use_rslora") or False,
+        dora=raw.get("use_dora") or False,
+        pattern="" if plain else shown(targets),
     )
+
+
+MERGE_IN_PEFT = (
+    "Merge it into its base with PEFT (merge_and_unload, then save_pretrained), and give the result as --model."
+)
+
+
+def shown(value: Any) -> str:
+    """A value of a file for a message, cut to a readable length at its end."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Raise AdapterError for an adapter whose only weights are adapter_model.bin, which is never loaded."""
+    pickled = folder / "adapter_model.bin"
+    if pickled.exists() and not (folder / WEIGHTS).exists():
+        raise AdapterError(
+            f"{pickled}: it is a pickle, which can run code when it is read, so that it is never loaded here. Load the "
+            f"adapter with PEFT where you trust it, and save it anew: save_pretrained writes {WEIGHTS}."
+        )
+
+
+def adapted_layers(folder: Path) -> list[str]:
+    """The layers that an adapter's file has tensors for. Raises AdapterError for a file that cannot be read."""
+    try:
+        header = files.safetensors_header(folder / WEIGHTS, MAX_HEADER_BYTES)
+    except ValueError as error:
+        raise AdapterError(f"{folder / WEIGHTS}: {error}.") from error
+    ending = ".lora_A.weight"
+    return [key[len(PREFIX) : -len(ending)] for key in header if key.startswith(PREFIX) and key.endswith(ending)]
+
+
+def layer_names(folder: Path, targets: Any) -> tuple[str, ...]:
+    """The last names of the layers that an adapter's file has tensors for.
+
+    PEFT matches target_modules (a regular expression, all-linear, endings with dots) against the base's layers and
+    saves what it found: the file itself says which layers they are, and no expression of a stranger is run here.
+    """
+    layers = adapted_layers(folder)
+    if isinstance(targets, list):
+        fitting = {target: {x for x in layers if x == target or x.endswith(f".{target}")} for target in targets}
+        if not all(fitting.values()) or set(layers) != set().union(*fitting.values()):
+            raise AdapterError(f"{folder}: target_modules = {shown(targets)} are not the layers of its {WEIGHTS}.")
+    names = {layer.rpartition(".")[2] for layer in layers}
+    if not names:
+        raise AdapterError(f"{folder / WEIGHTS}: it holds no tensor that is named as PEFT names them ({PREFIX}...).")
+    return tuple(sorted(names))
 
 
 def keys_to_go_on(folder: Path) -> dict[str, Any]:
@@ -200,6 +262,28 @@ def base_of(folder: Path, model_name: str | None = None) -> str:
     if name := model_name or config.base_model:
         return name
     raise AdapterError(f"{folder} does not say which base it was trained on: give --model")
+
+
+def find_base(model_name: str | None, folder: str | Path | None) -> Path:
+    """The model folder of a name, or of the base that an adapter's folder names.
+
+    Raises ModelError that says so where the name stands in the adapter's own file.
+    """
+    adapter = Path(os.path.expanduser(folder)) if folder else None
+    name = model_name or (base_of(adapter) if adapter else "")
+    try:
+        return find_model(name)
+    except ModelError as error:
+        if adapter is None or name not in _named_base(adapter):
+            raise
+        raise ModelError(f"{error} {adapter / CONFIG} names this base: give its new place as --model.") from error
+
+
+def _named_base(folder: Path) -> list[str]:
+    try:
+        return [read_config(folder).base_model]
+    except AdapterError:  # a run that is resumed does not need the adapter that it began with
+        return []
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
@@ -262,6 +346,11 @@ def read(
     Raises AdapterError as `load` does.
     """
     config = read_config(folder)
+    if head := {"lm_head", "embed_tokens"} & set(config.target_modules):
+        raise AdapterError(
+            f"{folder / CONFIG}: target_modules names {', '.join(sorted(head))}: adapters on the embedding or the "
+            f"output head are not supported here. {MERGE_IN_PEFT}"
+        )
     check_base(folder, config, base_fingerprint, allow_other_base)
     linears = {
         name.removesuffix(".base_layer"): module
@@ -303,6 +392,12 @@ def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple
     if not targets:
         raise AdapterError(
             f"{folder / CONFIG}: target_modules {list(config.target_modules)} match nothing in this model"
+        )
+    if config.pattern and (lacking := set(targets) - set(adapted_layers(folder))):
+        raise AdapterError(
+            f"{folder / CONFIG}: target_modules = {config.pattern} leaves out {len(lacking)} of the {len(targets)} "
+            f"layers named {', '.join(config.target_modules)}: only adapters on all layers of a name are read. "
+            f"{MERGE_IN_PEFT}"
         )
     try:
         loaded = files.read_tensors(folder / WEIGHTS, expected)

@@ -15,7 +15,7 @@ from minilora.adapters import format as adapter_format
 from minilora.adapters.layerwise import homes, layerwise_logits, read_tensor
 from minilora.data.markup import ChatMarkup
 from minilora.errors import AdapterError, ModelError
-from minilora.models.load import find_model, folder_fingerprint, load_tokenizer, weight_files
+from minilora.models.load import folder_fingerprint, load_tokenizer, weight_files
 from minilora.models.probe import probe
 from minilora.models.trained import (
     GENERATION,
@@ -61,7 +61,7 @@ def merge(
     fit the base, or when output_folder already holds something.
     """
     config = adapter_format.read_config(adapter_folder)
-    base = find_model(adapter_format.base_of(adapter_folder, model_name))
+    base = adapter_format.find_base(model_name, adapter_folder)
     if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
         raise AdapterError(f"{output_folder} is a file, or not empty: give another --output_dir")
     try:

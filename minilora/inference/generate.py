@@ -15,7 +15,7 @@ from minilora.data.formats import Turn
 from minilora.data.markup import ChatMarkup
 from minilora.errors import AdapterError, DataError, OutOfMemoryError
 from minilora.models.fingerprint import fingerprint
-from minilora.models.load import find_model, load_model, load_tokenizer
+from minilora.models.load import load_model, load_tokenizer
 from minilora.models.probe import SAMPLE_PROMPTS
 from minilora.models.trained import adapter_system_prompt, trained_system_prompt
 from minilora.utils.device import free_cached, is_out_of_memory, pick_device, pick_dtype
@@ -60,7 +60,7 @@ def load_chat_model(
         model_name = adapter_format.base_of(folder, model_name)
     if not model_name:
         raise AdapterError("give --adapter DIR, or --model NAME for a model without adapter")
-    base_folder = find_model(model_name)
+    base_folder = adapter_format.find_base(model_name, folder)
     place = pick_device(device)
     tokenizer = load_tokenizer(base_folder)
     if system_prompt is None and folder:

@@ -117,10 +117,11 @@ def load_several(
     allow_other_base: bool = False,
 ) -> tuple[ChatModel, Adapters]:
     """A base (model_name, else that of the first adapter) with adapters on it, the first one active."""
-    bases = [
-        adapter_format.base_of(folder, model_name) for folder in named.values()
-    ]  # mistakes before the base is loaded
-    chat_model = load_chat_model(next(iter(bases), model_name), None, dtype, device, system_prompt)
+    for folder in named.values():
+        adapter_format.base_of(folder, model_name)  # mistakes before the base is loaded
+    first_folder = next(iter(named.values()), None)
+    base = str(adapter_format.find_base(model_name, first_folder)) if named else model_name
+    chat_model = load_chat_model(base, None, dtype, device, system_prompt)
     adapters = Adapters(chat_model.model)
     for name, folder in named.items():
         adapters.load(name, folder, allow_other_base)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,23 +20,62 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """The identity of a loaded base, whatever is wrapped around its layers, in however few bits they are held."""
+    """The identity of a loaded base, whatever is wrapped around its layers, in however few bits they are held.
+
+    A model that `load_model` returned carries its config.json as it was read; of others transformers' config is taken.
+    """
     if known := getattr(model, "base_fingerprint", None):
         return known
-    return fingerprint_of(model.config.to_dict(), base_tensors(model))  # type: ignore[operator, union-attr]
+    config = getattr(model, "config_json", None) or model.config.to_dict()  # type: ignore[operator, union-attr]
+    return fingerprint_of(config, base_tensors(model))
 
 
-def fingerprint_of(config: dict[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
+SHAPE_KEYS = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "hidden_act"),
+)
+SCALED_FROM_LENGTH = ("llama3", "yarn", "longrope")  # these need the length that the model was first trained on
+
+
+def shape_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json says of the model's function, the same for each spelling of one model.
+
+    config: as the file has it (rope_theta and rope_scaling, or rope_parameters), or as any transformers normalises it.
+    The result is what transformers 5.17 to 5.23 made of it and minilora 0.1 hashed. It must never change.
+    """
+    return {key: config.get(key) for key in SHAPE_KEYS} | {"rope_parameters": rope_parameters(config)}
+
+
+def completed(config_json: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the defaults of transformers' config for what it leaves out; rotary settings have none."""
+    defaults = {key: config.get(key) for key in SHAPE_KEYS if key != "rope_parameters"}
+    return defaults | {key: value for key, value in config_json.items() if value is not None}
+
+
+def rope_parameters(config: Mapping[str, Any]) -> Any:
+    """The rotary embedding's settings in transformers 5's spelling, whichever spelling config.json has."""
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+        return given  # by layer type: of no model that is trained here
+    rope = {"rope_theta": config.get("rope_theta", 10_000.0)} | dict(given)
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    if (share := config.get("partial_rotary_factor")) is not None:
+        rope.setdefault("partial_rotary_factor", share)
+    if rope["rope_type"] in SCALED_FROM_LENGTH:
+        rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return rope
+
+
+def fingerprint_of(config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The identity of a base: sha256 over its shape in words, tensor names and shapes, and sampled weights.
 
     Samples are rounded to bfloat16, so that a base in fp32 and the same base in bf16 are one.
     """
-    keys = [*("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")]
-    keys += ["num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "hidden_act"]
-    digest = hashlib.sha256(json.dumps({key: config.get(key) for key in keys}, sort_keys=True).encode())
+    words = shape_words(config)
+    digest = hashlib.sha256(json.dumps(words, sort_keys=True).encode())
     parts = []
     for name, tensor in tensors:
-        if name == "lm_head.weight" and config.get("tie_word_embeddings"):
+        if name == "lm_head.weight" and words["tie_word_embeddings"]:
             continue  # some files hold the tied copy, some do not
         flat = tensor.detach().reshape(-1)
         places = torch.linspace(0, len(flat) - 1, min(len(flat), SAMPLES_PER_TENSOR), dtype=torch.float64).long()

@@ -15,13 +15,17 @@ from minilora import attention
 from minilora.batching import collate
 from minilora.data.dataset import Example
 from minilora.decoder import head_weight, hidden_states, packed
-from minilora.errors import ModelError, first_line
-from minilora.models.fingerprint import fingerprint, fingerprint_of
+from minilora.errors import ConfigError, ModelError, UnsupportedModelError, first_line
+from minilora.models.fingerprint import completed, fingerprint, fingerprint_of
 from minilora.models.quantize import quantise
-from minilora.utils.device import keep_few_products
+from minilora.utils import files
+from minilora.utils.device import compile_cache_problem, keep_few_products
 
 HUB_TIMEOUT_S = 3.0
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]  # never *.bin, never *.py
+FAMILIES = "Qwen2, Qwen2.5 and Qwen3"
+QUANTISED = ("quantization_config", "compression_config")  # parts of a config.json that describe no other model
+PADS = ("<|endoftext|>", "<|fim_pad|>", "<|vision_pad|>", "<pad>", "<|pad|>", "[PAD]")  # the first that there is
 KNOWN = ("qwen2", "qwen3", "llama")  # the tests show that packing changes nothing; of others it is tried when they load
 
 
@@ -35,10 +39,28 @@ def find_model(name: str) -> Path:
         hint = what_else(folder)
         if hint or not (folder / "config.json").is_file():
             raise ModelError(f"{name} is no model folder: {hint or 'it has no config.json.'}")
+        read_config_json(folder)
         return folder
     if os.path.exists(folder) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"model {name!r}: there is no such folder, and it is no hub name (OWNER/NAME).")
-    return cached_model(name) or _download(name)
+    folder = cached_model(name) or _download(name)
+    read_config_json(folder)
+    return folder
+
+
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder as it is written. Raises ModelError for one that is broken or of several models."""
+    try:
+        config = files.read_json(folder / "config.json")
+    except ValueError as error:
+        raise ModelError(f"{folder}: the model cannot be loaded: config.json: {error}.") from error
+    parts = [key for key, value in config.items() if key.endswith("_config") and value and isinstance(value, dict)]
+    if parts := [key for key in parts if key not in QUANTISED]:
+        raise UnsupportedModelError(
+            f"{folder}: model type {config.get('model_type')} is not supported: its config.json describes several "
+            f"models ({', '.join(parts)}). Models of text alone are trained here: {FAMILIES}. Give another --model."
+        )
+    return config
 
 
 def what_else(folder: Path) -> str:
@@ -125,11 +147,27 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
-    if tokenizer.convert_tokens_to_ids("<|im_end|>") is not None:
+    if embeds(folder, tokenizer, "<|im_end|>"):
         tokenizer.eos_token = "<|im_end|>"
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
-        tokenizer.pad_token = "<|endoftext|>"
+    end = tokenizer.eos_token
+    if tokenizer.pad_token == end or not embeds(folder, tokenizer, tokenizer.pad_token):
+        pads = [token for token in (*PADS, tokenizer.unk_token) if token != end and embeds(folder, tokenizer, token)]
+        if not pads:
+            raise ModelError(
+                f"{folder}: the tokenizer has no pad token apart from its end token {end}, and none of "
+                f'{", ".join(PADS)}. Name another of its tokens as "pad_token" in tokenizer_config.json.'
+            )
+        tokenizer.pad_token = pads[0]
     return tokenizer
+
+
+def embeds(folder: Path, tokenizer: Any, token: str | None) -> bool:
+    """Whether a text is one token that the model of a folder embeds: transformers adds those that settings name."""
+    number = tokenizer.convert_tokens_to_ids(token) if token else None  # of other texts None, or the unknown token's
+    if number is None or tokenizer.convert_ids_to_tokens(number) != token:
+        return False
+    size = read_config_json(folder).get("vocab_size") if (folder / "config.json").exists() else None
+    return not isinstance(size, int) or number < size
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int = 0) -> nn.Module:
@@ -142,9 +180,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
 
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    config_json, config = read_config_json(folder), _config(folder)
     attention.register()
     keep_few_products()
-    config = _config(folder)
     try:
         weight_files(folder)  # an index may name files elsewhere
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -168,6 +206,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
         which = f"{len(odd)} of them, the first {odd[0]}"
         raise ModelError(f"{folder}: its weights are not those of its config.json: {which}.")
     model.generation_config.pad_token_id = model.generation_config.pad_token_id or config.pad_token_id
+    model.config_json = completed(config_json, config.to_dict())  # the fingerprint's
     model.requires_grad_(False)
     place = torch.device("cpu") if bits else device  # layers go to the device one by one: as it is it may not fit there
     model = nn.Module.to(model, place).eval()
@@ -188,8 +227,8 @@ def empty_model(folder: Path, dtype: torch.dtype, layers: int) -> Any:
     """The model of a folder with so many of its layers on the meta device: shapes without weights."""
     from transformers import AutoModelForCausalLM
 
-    attention.register()
     config = _config(folder)
+    attention.register()
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
@@ -202,6 +241,9 @@ def empty_model(folder: Path, dtype: torch.dtype, layers: int) -> Any:
 
 def _config(folder: Path) -> Any:
     """config.json of a model folder. Raises ModelError when it is not one we train exactly."""
+    if problem := compile_cache_problem():
+        raise ConfigError(problem)
+    read_config_json(folder)
     from transformers import AutoConfig
 
     try:
@@ -217,22 +259,22 @@ def _refuse_inexact(config: Any) -> None:
     kind = f"model type {config.model_type}"
     if getattr(config, "quantization_config", None):
         where = config.name_or_path
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{where}: its files hold quantised weights: give the original as --model, and --load_in_4bit."
         )
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if others:
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{kind}: layers of type {', '.join(sorted(others))} are not supported: what is trained here attends to "
             "all tokens before. Give another --model."
         )
     if window := getattr(config, "sliding_window", None):
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{kind}: its sliding_window of {window:,} tokens is not supported: what is trained here attends to "
             "all tokens before. Give another --model."
         )
     if getattr(config, "attention_dropout", 0.0):
-        raise ModelError(f"{kind}: attention_dropout is set; it is not supported.")
+        raise UnsupportedModelError(f"{kind}: attention_dropout is set; it is not supported.")
 
 
 @torch.no_grad()
@@ -248,10 +290,12 @@ def _refuse_unlike(model: Any) -> None:
             found = (hidden_states(model, collate(examples).to(head.device)) @ head.T).float()
     except Exception as error:
         why = first_line(error)
-        raise ModelError(f"{kind}: it does not take packed examples ({why}). Give another --model.") from error
+        raise UnsupportedModelError(
+            f"{kind}: it does not take packed examples ({why}). Give another --model."
+        ) from error
     difference, allowed = float((found - expected).abs().max()), 1e-3 if head.dtype == torch.float32 else 5e-2
     if not difference <= allowed * float(expected.abs().max()):
-        raise ModelError(
+        raise UnsupportedModelError(
             f"{kind}: packed examples give other logits (by up to {difference:.2g}) than each by itself: there is "
             "something in this model that is not known here. Give another --model."
         )
@@ -259,7 +303,8 @@ def _refuse_unlike(model: Any) -> None:
 
 def folder_fingerprint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
     """The identity of the base in a folder, as `fingerprint` gives it once the base is loaded."""
-    return fingerprint_of(_config(folder).to_dict(), tensors)
+    config = _config(folder).to_dict()
+    return fingerprint_of(completed(read_config_json(folder), config), tensors)
 
 
 def weight_files(folder: Path) -> list[Path]:

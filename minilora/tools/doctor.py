@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minilora.config import TrainConfig
-from minilora.errors import MiniloraError, ModelError, printable
+from minilora.errors import ConfigError, MiniloraError, ModelError, UnsupportedModelError, printable
 
 OUTPUT_BYTES, DOWNLOAD_BYTES = 2**30, 2 * 2**30  # free bytes that a run and a download of a small model take at most
-END, PAD = "<|im_end|>", "<|endoftext|>"
+END = "<|im_end|>"
 MAX_HEADER_BYTES = 2**26  # of a weights file
 AGAIN = "hf download OWNER/NAME --local-dir FOLDER gets the model again; Qwen2, Qwen2.5 and Qwen3 are trained here"
+
+OTHER_MODEL = "give another --model: Qwen2, Qwen2.5 and Qwen3 are trained here, for example Qwen/Qwen3-0.6B"
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,10 @@ def examine(asked: Asked) -> Iterator[Finding]:
         except ImportError as error:
             package = (error.name or "the package").partition(".")[0]
             yield Finding("FAIL", name, f"{package} cannot be imported: {error}", f"pip install -U {package}")
+        except UnsupportedModelError as error:
+            yield Finding("FAIL", name, str(error), OTHER_MODEL)
         except MiniloraError as error:
-            yield Finding("FAIL", name, str(error), AGAIN)
+            yield Finding("FAIL", name, str(error), "" if isinstance(error, ConfigError) else AGAIN)
         except Exception as error:
             what = f"could not be examined: {type(error).__name__}: {error}"
             yield Finding("FAIL", name, what, "report it to the project, with this line")
@@ -268,6 +272,16 @@ def output(asked: Asked) -> Iterator[Finding]:
         yield Finding("ok", "output folder", f"{folder} can be written, {free / 2**30:.0f} GiB free")
 
 
+def compile_cache(asked: Asked) -> Iterator[Finding]:
+    """Whether the folder for compiled code, where one is named, can be written: without it transformers is unusable."""
+    from minilora.utils.device import compile_cache_problem
+
+    named = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if named and (compile_cache_problem() or cannot_write(Path(named))):
+        what = f"TORCHINDUCTOR_CACHE_DIR = {named!r} cannot be written"
+        yield Finding("FAIL", "compile cache", what, "unset TORCHINDUCTOR_CACHE_DIR, or set it to another folder")
+
+
 def cache(asked: Asked) -> Iterator[Finding]:
     """Whether a model can be downloaded: the cache can be written and has space. A note where none has to be."""
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -304,27 +318,26 @@ def hub(asked: Asked) -> Iterator[Finding]:
 
 
 def tokenizer(asked: Asked) -> Iterator[Finding]:
-    """Whether text becomes tokens, padding is not the end, and the end is an end."""
+    """Whether text becomes tokens, the pad token is not the end token, and answers end where they should."""
     if (folder := asked.folder()) is None:
         return
     from minilora.data.markup import ChatMarkup
-    from minilora.models.load import load_tokenizer, what_else
-    from minilora.utils import files
+    from minilora.models.load import load_tokenizer, read_config_json, what_else
 
-    if what_else(folder):  # said of the model
+    try:
+        embedded = read_config_json(folder).get("vocab_size")
+    except ModelError:
+        return  # the check of the weights reports it
+    if what_else(folder):
         return
     loaded = load_tokenizer(folder)
     markup = ChatMarkup(loaded)
-    embedded = files.read_json(folder / "config.json").get("vocab_size")
-    pad = loaded.pad_token_id
-    if pad is None or pad == markup.end or (isinstance(embedded, int) and pad >= embedded):
-        what = f"the pad token {loaded.pad_token!r} has id {pad}, of {embedded} that the model embeds"
-        yield Finding("FAIL", "pad token", what, f'"pad_token": "{PAD}" in {folder / "tokenizer_config.json"}')
-    elif (written := written_pad(folder)) in (None, END):
-        what = f"{written} in the files; runs here pad with {loaded.pad_token}, others would never learn the end"
-        yield Finding("note", "pad token", what, f'"pad_token": "{PAD}" in {folder / "tokenizer_config.json"}')
+    if (written := written_pad(folder)) != loaded.pad_token:
+        what = f"{written} in the files; runs here pad with {loaded.pad_token}, others may never learn the end"
+        fix = f'"pad_token": "{loaded.pad_token}" in {folder / "tokenizer_config.json"}'
+        yield Finding("note", "pad token", what, fix)
     else:
-        yield Finding("ok", "pad token", f"{loaded.pad_token} ({pad}), not the end token")
+        yield Finding("ok", "pad token", f"{loaded.pad_token} ({loaded.pad_token_id}), not the end token")
     if isinstance(embedded, int) and markup.end >= embedded:
         what = f"{END} has id {markup.end}, of {embedded} that the model embeds: the tokenizer is not this model's"
         yield Finding("FAIL", "end token", what, AGAIN)
@@ -408,5 +421,5 @@ def misplaced(folder: Path) -> list[str]:
 
 
 CHECKS: tuple[Callable[[Asked], Iterator[Finding]], ...] = (
-    *(python, packages, device, bf16, bitsandbytes, output, cache, hub, tokenizer, weights),
+    *(python, packages, device, compile_cache, bf16, bitsandbytes, output, cache, hub, tokenizer, weights),
 )

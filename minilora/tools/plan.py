@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from minilora.adapters.format import find_base
 from minilora.batching import collate, default_tokens, shares_prefix
 from minilora.config import TrainConfig, nearest, with_method
 from minilora.data.build import Sets, make_sets, read_sources
@@ -17,7 +18,7 @@ from minilora.data.dataset import Dataset, Example, make_columns, of_file
 from minilora.data.markup import ChatMarkup
 from minilora.data.sampler import Schedule
 from minilora.errors import ConfigError
-from minilora.models.load import find_model, load_tokenizer, num_layers
+from minilora.models.load import load_tokenizer, num_layers
 from minilora.training.memory_estimate import USABLE, Memory, Setup, along, fitting_cut, largest_batch, predict
 from minilora.training.setup import longest_allowed, schedule_of
 from minilora.utils.device import device_name, free_bytes, gib, memory_bytes, pick_device, pick_dtype
@@ -94,7 +95,7 @@ def plan(config: TrainConfig, card: str | None) -> None:
     if config.fsdp:
         raise ConfigError("plan predicts one device, and fsdp has several: leave that key out; see docs/scaling.md.")
     place = here(config) if card is None else on_card(config, card)
-    base_folder = find_model(config.model)
+    base_folder = find_base(config.model, config.adapter)
     sets, about_rows = rows_of(config)
     dataset, schedule = sets.train, schedule_of(config, sets)
     setup = Setup(config, base_folder, place.dtype, place.device_type, bool(config.gradient_checkpointing))
@@ -181,7 +182,7 @@ def card_key(name: str) -> str:
 
 def rows_of(config: TrainConfig) -> tuple[Sets, str]:
     """(the rows that would be trained on, a description); where there is no train_file, as long as they may be."""
-    base_folder = find_model(config.model)
+    base_folder = find_base(config.model, config.adapter)
     longest = longest_allowed(config, base_folder, [])
     if missing := [path for path in config.train_files if not os.path.lexists(os.path.expanduser(path))]:
         count = config.examples_per_step

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapters.format import find_base
 from minilora.config import TrainConfig
 from minilora.data.dataset import IGNORE, Dataset, tokenize
 from minilora.data.formats import Row
@@ -17,7 +18,7 @@ from minilora.data.jsonl import MAX_LINE_BYTES
 from minilora.data.markup import ChatMarkup
 from minilora.data.report import DataReport, rows_by_name
 from minilora.data.rows import read_rows
-from minilora.models.load import find_model, load_tokenizer
+from minilora.models.load import load_tokenizer
 from minilora.tools.inspect import token_text, visible
 from minilora.training.setup import longest_allowed
 from minilora.utils import files
@@ -112,7 +113,7 @@ def preview(path: str, config: TrainConfig, num_rows: int, from_line: int) -> Pr
 def read(path: str, config: TrainConfig, notes: list[str]) -> Material:
     """Everything that is looked at; `notes` tells where the model limits max_length."""
     rows, reading = read_rows(path, "skip")
-    base_folder = find_model(config.model)
+    base_folder = find_base(config.model, config.adapter)
     tokenizer = load_tokenizer(base_folder)
     markup = ChatMarkup(tokenizer)
     longest = longest_allowed(config, base_folder, notes)

@@ -25,6 +25,11 @@ class Verdict:
     largest_effect: float  # of the adapter on a logit of the base
     max_logit_difference: float  # between base + adapter and the merged weights
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the model answers as its base does: B is zero where an adapter was never trained."""
+        return self.largest_effect == 0
+
 
 def verify(folder: Path, model_name: str | None = None, device: str = "auto") -> Verdict:
     """Load an adapter strictly and compare its logits with those of the weights W0 + scale * B A, merged in memory.

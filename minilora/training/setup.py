@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from minilora.adapters import format as adapter_format
+from minilora.adapters.format import find_base
 from minilora.batching import collate, default_tokens, shares_prefix
 from minilora.config import TrainConfig
 from minilora.data.build import Sets, make_sets, read_sources
@@ -22,7 +23,7 @@ from minilora.distributed.fsdp import shard
 from minilora.distributed.world import World, join
 from minilora.errors import ConfigError, first_line
 from minilora.models.fingerprint import fingerprint
-from minilora.models.load import find_model, load_model, load_tokenizer
+from minilora.models.load import load_model, load_tokenizer
 from minilora.models.quantize import num_elements
 from minilora.models.trainable import in_words, make_trainable
 from minilora.optim import make_optimizer
@@ -65,7 +66,7 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
     sources = read_sources(config)
     device = world.connect(pick_device(world.device_name(config.device)))
     dtype = pick_dtype(config.dtype, device)
-    base_folder = find_model(config.model)
+    base_folder = find_base(config.model, config.adapter)
     folder, resumed_from, notes = _claim(config, world, held)
     first_adapter = None if resumed_from else adapter_to_go_on(config)
     tokenizer = load_tokenizer(base_folder)

@@ -150,6 +150,21 @@ def why_cpu() -> str:
     return f"{what}; {fix}" if what else ""
 
 
+def compile_cache_problem() -> str:
+    """One line that says why transformers cannot be imported here: torch makes its folder for compiled code then."""
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not folder:
+        return ""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        return (
+            f"TORCHINDUCTOR_CACHE_DIR = {folder!r} cannot be used ({error.strerror}): unset it, or give a folder that "
+            "can be written."
+        )
+    return ""
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The base's dtype; auto is bfloat16 where the hardware multiplies in it, else float32, never float16."""
     if name != "auto":

@@ -9,6 +9,7 @@ from conftest import logits, save_random_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from minilora import cli
 from minilora.adapters import format as adapter_format
 from minilora.config import TARGET_GROUPS as TARGETS
 from minilora.errors import AdapterError, DivergedError
@@ -153,6 +154,127 @@ def test_an_adapter_in_bf16_is_read_too(write, load_tiny):
         assert torch.equal(layer.lora_A, lora_layers(model)[name].lora_A.bfloat16().float())
 
 
+# ---------------------------------------------------------------------------------------- adapters of others
+
+
+def by_peft(model, folder, dtype=torch.float32, **keys):
+    """An adapter of PEFT's with random weights, saved; returns its model."""
+    from peft import LoraConfig, get_peft_model
+
+    theirs = get_peft_model(model, LoraConfig(**({"r": 4, "lora_alpha": 10, "task_type": "CAUSAL_LM"} | keys)))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, param in theirs.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                param.normal_(std=0.1)
+                param.copy_(param.to(dtype))
+    theirs.save_pretrained(folder)
+    change(folder, lambda tensors: tensors.update({name: t.to(dtype) for name, t in tensors.items()}))
+    return theirs
+
+
+SPELLINGS = [  # (target_modules as PEFT takes them, the layers' names)
+    (r".*\.self_attn\.(q|v)_proj", ("q_proj", "v_proj")),
+    (r"(?:.*?(?:model|text).*?(?:self_attn|mlp).*?(?:q_proj|down_proj).*?)", ("down_proj", "q_proj")),
+    ("all-linear", TARGETS["all"]),
+    (["self_attn.q_proj", "mlp.up_proj"], ("q_proj", "up_proj")),
+    (["q_proj", "self_attn.q_proj"], ("q_proj",)),
+    ("q_proj|.*o_proj", ("o_proj",)),
+]
+
+
+@pytest.mark.parametrize(("spelling", "names"), SPELLINGS)
+def test_pefts_spellings_of_the_targets_are_read(load_tiny, tmp_path, spelling, names):
+    theirs = by_peft(load_tiny(), tmp_path, target_modules=spelling)
+    model = load_tiny()
+    config = adapter_format.load(model, tmp_path, fingerprint(model))
+    assert set(config.target_modules) == set(names)
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=0, atol=1e-5)
+    assert adapter_format.keys_to_go_on(tmp_path)["target_modules"] == config.target_modules
+
+
+@pytest.mark.parametrize(
+    "spelling", [r".*\.1\.self_attn\.q_proj", ["model.layers.0.self_attn.q_proj"], ["0.self_attn.q_proj", "v_proj"]]
+)
+def test_an_adapter_on_some_layers_of_a_name_is_refused_truly(load_tiny, tmp_path, spelling):
+    """Its target_modules stand in the message as the file has them, and PEFT can merge it."""
+    by_peft(load_tiny(), tmp_path, target_modules=spelling)
+    model = load_tiny()
+    with pytest.raises(AdapterError) as error:
+        adapter_format.load(model, tmp_path, fingerprint(model))
+    assert "leaves out 1 of the" in str(error.value)
+    assert (repr(spelling) if isinstance(spelling, str) else "self_attn.q_proj") in str(error.value)
+    assert "merge_and_unload" in str(error.value)
+    assert not lora_layers(model)
+
+
+def test_names_that_are_not_the_files_layers_are_refused(load_tiny, tmp_path):
+    by_peft(load_tiny(), tmp_path, target_modules=["q_proj", "v_proj"])
+    for targets in (["self_attn.q_proj"], ["q_proj", "v_proj", "self_attn.x"], ["../q_proj", "v_proj"]):
+        configure(tmp_path, target_modules=targets)
+        with pytest.raises(AdapterError, match="are not the layers of its adapter_model.safetensors"):
+            adapter_format.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("keys", [{}, {"use_rslora": True}, {"use_dora": True}, {"lora_dropout": 0.1}])
+def test_pefts_adapters_in_16_bits_are_read(load_tiny, tmp_path, dtype, keys):
+    theirs = by_peft(load_tiny(), tmp_path, dtype, target_modules=["q_proj"], **keys)
+    model = load_tiny()
+    adapter_format.load(model, tmp_path, fingerprint(model))
+    atol = 1e-5 if "use_dora" not in keys else 5e-2  # the magnitudes are rounded too
+    torch.testing.assert_close(logits(model), logits(theirs.eval()), rtol=0, atol=atol)
+
+
+def test_numbers_and_nulls_as_others_write_them(write, load_tiny):
+    folder, tuned = write()
+    configure(folder, r=4.0, lora_alpha=10.0, use_rslora=None, use_dora=None, lora_dropout=None, lora_bias=None)
+    model = load_tiny()
+    config = adapter_format.load(model, folder, fingerprint(model))
+    assert (config.alpha, type(config.alpha), config.rank, type(config.rank)) == (10, int, 4, int)
+    assert torch.equal(logits(model), logits(tuned))
+
+
+def test_a_pickled_adapter_is_named_and_never_loaded(write, load_tiny, monkeypatch):
+    folder, _ = write()
+    monkeypatch.setattr(torch, "load", None)
+    (folder / adapter_format.WEIGHTS).rename(folder / "adapter_model.bin")
+    model = load_tiny()
+    with pytest.raises(
+        AdapterError, match=r"adapter_model.bin: it is a pickle.* never loaded.* save_pretrained writes"
+    ):
+        adapter_format.load(model, folder, fingerprint(model))
+
+
+@pytest.mark.parametrize("keys", [{"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q_proj": 2}}, {"bias": "all"}])
+def test_what_cannot_be_represented_has_a_way_out(load_tiny, tmp_path, keys):
+    by_peft(load_tiny(), tmp_path, target_modules=["q_proj", "v_proj"], **keys)
+    (name,) = keys
+    with pytest.raises(AdapterError, match=rf"{name} = .* is not supported here .*merge_and_unload.* --model"):
+        adapter_format.read_config(tmp_path)
+
+
+def test_an_adapter_on_the_output_head_is_refused_by_name(load_tiny, tmp_path):
+    by_peft(load_tiny(), tmp_path, target_modules=["q_proj", "lm_head"])
+    model = load_tiny()
+    with pytest.raises(AdapterError, match=r"target_modules names lm_head.*merge_and_unload"):
+        adapter_format.load(model, tmp_path, fingerprint(model))
+
+
+def test_every_field_of_pefts_config_is_known():
+    """A new field of LoraConfig may change what an adapter means: this test asks for a decision."""
+    import dataclasses
+
+    from peft import LoraConfig
+
+    read = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "base_model_name_or_path"}
+    harmless = {"auto_mapping", "peft_version", "revision", "inference_mode", "runtime_config", "ensure_weight_tying"}
+    of_refused = {"layers_pattern", "megatron_core", "qalora_group_size", "loftq_config", "corda_config", "eva_config"}
+    of_refused |= {"lora_ga_config"}  # they say nothing where the key that they belong to is refused or not there
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert not fields - read - harmless - of_refused - set(adapter_format.NEUTRAL)
+
+
 # ---------------------------------------------------------------------------------------- strict
 
 
@@ -248,8 +370,11 @@ def test_the_fingerprint_is_the_same_in_bf16_and_whatever_was_loaded_before(load
         ("r", True),
         ("lora_alpha", None),
         ("lora_dropout", 1.0),
-        ("target_modules", "all-linear"),
+        ("target_modules", ""),
         ("target_modules", []),
+        ("target_modules", ["q_proj", 3]),
+        ("lora_alpha", 16.5),
+        ("arrow_config", {"top_k": 2}),
         ("use_rslora", "yes"),
         ("base_model_name_or_path", 3),
     ],
@@ -356,3 +481,43 @@ def test_files_that_are_not_there_are_one_clear_error(write, load_tiny, tmp_path
         (folder / name).rmdir()
         os.rename(folder / "aside", folder / name)
     assert not attempt(tmp_path / "nowhere", load_tiny)
+
+
+# ---------------------------------------------------------------------------------------- the base that it names
+
+
+@pytest.mark.parametrize("name", ["/gone/base", "gone/base"])
+@pytest.mark.parametrize("verb", ["verify", "generate", "merge", "train", "plan"])
+def test_a_base_that_is_gone_is_named_with_the_file_that_names_it(write, tmp_path, monkeypatch, capsys, name, verb):
+    monkeypatch.setattr("minilora.models.load.hub_answers", lambda name: "the hub answered with status 404")
+    monkeypatch.setattr("minilora.models.load.cached_model", lambda name: None)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    folder, _ = write()
+    configure(folder, base_model_name_or_path=name)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "input": "", "output": "b"}\n')
+    own = {
+        "generate": ["hello"],
+        "merge": ["--output_dir", str(tmp_path / "merged")],
+        "train": ["--train_file", str(rows), "--output_dir", str(tmp_path / "run")],
+        "plan": ["--train_file", str(rows)],
+        "verify": [],
+    }
+    assert cli.main([verb, "--adapter", str(folder), *own[verb]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert repr(name) in line
+    assert f"{folder / adapter_format.CONFIG} names this base: give its new place as --model." in line
+    assert cli.main([verb, "--adapter", str(folder), "--model", "/elsewhere", *own[verb]]) == 2
+    assert "names this base" not in capsys.readouterr().err, "that name was given"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_adapter_that_changes_nothing_is_reported_as_such(load_tiny, tiny_folder, tmp_path, capsys, trained):
+    settings = {"rank": 2, "alpha": 4, "prompt": ""}
+    save_random_adapter(load_tiny(), tmp_path / "adapter", tiny_folder, ("q_proj", "v_proj"), **settings)
+    if not trained:
+        change(tmp_path / "adapter", lambda ts: [t.zero_() for name, t in ts.items() if "lora_B" in name])
+    assert cli.main(["verify", "--adapter", str(tmp_path / "adapter")]) == 0
+    printed = capsys.readouterr().out
+    assert ("it changes nothing" in printed) == (not trained)
+    assert printed.startswith("verified" if trained else "no effect")

@@ -224,6 +224,25 @@ def other_attention(machine):
     write(machine.model / "config.json", attention_dropout=0.1)
 
 
+def composite_model(machine):
+    """What Qwen3.5 and the vision models have: the text model's settings stand inside."""
+    config = json.loads((machine.model / "config.json").read_text())
+    (machine.model / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": config}))
+
+
+def no_pad_that_it_has(machine):
+    """A ChatML tokenizer that pads with the end token and has no <|endoftext|>."""
+    path = machine.model / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|endoftext|>", "<|vision_pad|>"))
+    keys = {"additional_special_tokens": None, "extra_special_tokens": None, "added_tokens_decoder": None}
+    write(machine.model / "tokenizer_config.json", pad_token="<|im_end|>", **keys)
+
+
+def unwritable_compile_cache(machine):
+    (machine.folder / "file").write_text("")
+    machine.patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(machine.folder / "file" / "cache"))
+
+
 def adapter_folder(machine):
     for file in machine.model.iterdir():
         file.unlink()
@@ -241,7 +260,7 @@ FAULTS = [
     (hidden_card, "FAIL", "device", "torch finds no card", "CUDA_VISIBLE_DEVICES is '': unset it"),
     (container_without_card, "FAIL", "device", "libcuda.so.1 is not found", "--gpus all"),
     (wrong_pad_token, "note", "pad token", "<|im_end|> in the files; runs here pad with <|endoftext|>", PAD_LINE),
-    (added_pad_token, "FAIL", "pad token", "the pad token '[PAD]' has id", PAD_LINE),
+    (added_pad_token, "note", "pad token", "[PAD] in the files; runs here pad with <|endoftext|>", PAD_LINE),
     (no_end_token, "note", "end token", "does not name <|im_end|>", '"eos_token_id": ['),
     (unwritable_output, "FAIL", "output folder", "runs cannot be written", "--output_dir DIR"),
     (full_disk, "FAIL", "output folder", "0.12 GiB free, 1 GiB needed", "free some space"),
@@ -259,6 +278,9 @@ FAULTS = [
     (only_pickles, "FAIL", "weights", "model.safetensors: missing", "only .bin files are there"),
     (broken_header, "FAIL", "weights", "not readable", "hf download"),
     (other_attention, "FAIL", "weights", "attention_dropout is set", ""),
+    (composite_model, "FAIL", "weights", "model type qwen3_5 is not supported", "give another --model: Qwen2"),
+    (no_pad_that_it_has, "note", "pad token", "runs here pad with <|vision_pad|>", '"pad_token": "<|vision_pad|>"'),
+    (unwritable_compile_cache, "FAIL", "compile cache", "TORCHINDUCTOR_CACHE_DIR", "unset TORCHINDUCTOR_CACHE_DIR"),
     (adapter_folder, "FAIL", "model", "is no model folder", "it holds an adapter"),
     (run_folder, "FAIL", "model", "is no model folder", "it is a run: give --adapter "),
 ]
