@@ -16,7 +16,7 @@ class DataError(MiniloraError, ValueError):
 
 
 class ModelError(MiniloraError, ValueError):
-    """A base model or tokenizer that cannot be had, or that this library cannot train exactly."""
+    """A base model or tokenizer that is not available, or that this library cannot train exactly."""
 
 
 class UnsupportedModelError(ModelError):

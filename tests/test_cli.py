@@ -208,7 +208,7 @@ def test_a_model_that_cannot_be_had(shell, tmp_path):
         seconds.append(time.perf_counter() - started)
         assert done.returncode == 2
         assert done.stdout == ""
-        assert done.stderr.startswith(f"minilora: model {name!r} cannot be had: ")
+        assert done.stderr.startswith(f"minilora: model {name!r} is not available: ")
         assert "no folder of that name" in done.stderr
         assert "the hub" in done.stderr
         assert "--model FOLDER" in done.stderr

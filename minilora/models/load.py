@@ -103,7 +103,7 @@ def hub_answers(name: str) -> str:
             answer[0] = ""
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else "no"
-            answer[0] = f"the hub answered with status {status}: no such model, or no right to it"
+            answer[0] = f"the hub answered with status {status}: there is no such model, or you may not read it"
         except Exception as error:  # a proxy, DNS or TLS failure: every client library has its own classes
             answer[0] = f"the hub cannot be reached ({type(error).__name__})"
 
@@ -123,13 +123,13 @@ def _download(name: str) -> Path:
         why = hub_answers(name)
     if why:
         raise ModelError(
-            f"model {name!r} cannot be had: there is no folder of that name, it is not complete in the cache "
+            f"model {name!r} is not available: there is no folder of that name, it is not complete in the cache "
             f"{HF_HUB_CACHE}, and {why}. Give --model FOLDER, or try `python train.py demo`."
         )
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:
-        raise ModelError(f"model {name!r}: the download failed: {error}. Run again to go on with it.") from error
+        raise ModelError(f"model {name!r}: the download failed: {error}. The next run continues it.") from error
 
 
 def load_tokenizer(folder: Path) -> Any:

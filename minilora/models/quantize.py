@@ -48,14 +48,14 @@ def held(bnb: Any, layer: nn.Linear, bits: int, device: torch.device) -> nn.Modu
     """A linear layer in bitsandbytes' form, on a device; it multiplies in the dtype that the layer has."""
     shape = (layer.in_features, layer.out_features, layer.bias is not None)
     if bits == 4:
-        how = {"compress_statistics": True, "quant_type": "nf4"}
-        new = bnb.nn.Linear4bit(*shape, compute_dtype=layer.weight.dtype, device="meta", **how)
-        new.weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, module=new, **how)
+        settings = {"compress_statistics": True, "quant_type": "nf4"}
+        new = bnb.nn.Linear4bit(*shape, compute_dtype=layer.weight.dtype, device="meta", **settings)
+        new.weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, module=new, **settings)
     else:
         new = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=OUTLIERS, device="meta")
         new.weight = bnb.nn.Int8Params(layer.weight.detach(), requires_grad=False, has_fp16_weights=False)
     new.bias = layer.bias
-    new.support_avx512bf16_for_cpu = False  # else the first answer packs the weight anew, in a form without a gradient
+    new.support_avx512bf16_for_cpu = False  # otherwise the first answer packs the weight in a form that has no gradient
     return new.to(device)
 
 

@@ -22,7 +22,7 @@ from minilora.errors import ConfigError, MiniloraError, ModelError, UnsupportedM
 OUTPUT_BYTES, DOWNLOAD_BYTES = 2**30, 2 * 2**30  # free bytes that a run and a download of a small model take at most
 END = "<|im_end|>"
 MAX_HEADER_BYTES = 2**26  # of a weights file
-AGAIN = "hf download OWNER/NAME --local-dir FOLDER gets the model again; Qwen2, Qwen2.5 and Qwen3 are trained here"
+DOWNLOAD = "hf download OWNER/NAME --local-dir FOLDER gets the model again; Qwen2, Qwen2.5 and Qwen3 are trained here"
 
 OTHER_MODEL = "give another --model: Qwen2, Qwen2.5 and Qwen3 are trained here, for example Qwen/Qwen3-0.6B"
 
@@ -90,7 +90,7 @@ def examine(asked: Asked) -> Iterator[Finding]:
         except UnsupportedModelError as error:
             yield Finding("FAIL", name, str(error), OTHER_MODEL)
         except MiniloraError as error:
-            yield Finding("FAIL", name, str(error), "" if isinstance(error, ConfigError) else AGAIN)
+            yield Finding("FAIL", name, str(error), "" if isinstance(error, ConfigError) else DOWNLOAD)
         except Exception as error:
             what = f"could not be examined: {type(error).__name__}: {error}"
             yield Finding("FAIL", name, what, "report it to the project, with this line")
@@ -340,7 +340,7 @@ def tokenizer(asked: Asked) -> Iterator[Finding]:
         yield Finding("ok", "pad token", f"{loaded.pad_token} ({loaded.pad_token_id}), not the end token")
     if isinstance(embedded, int) and markup.end >= embedded:
         what = f"{END} has id {markup.end}, of {embedded} that the model embeds: the tokenizer is not this model's"
-        yield Finding("FAIL", "end token", what, AGAIN)
+        yield Finding("FAIL", "end token", what, DOWNLOAD)
     else:
         yield end_token(folder, markup.end)
 
@@ -384,7 +384,7 @@ def weights(asked: Asked) -> Iterator[Finding]:
     problems += [] if problems else misplaced(folder)
     if problems:
         pickled = any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors"))
-        fix = "only .bin files are there: get the model's safetensors files" if pickled else AGAIN
+        fix = "only .bin files are there: get the model's safetensors files" if pickled else DOWNLOAD
         yield Finding("FAIL", "weights", f"{folder}: {'; '.join(problems[:3])}", fix)
     else:
         size = sum(path.stat().st_size for path in paths)

@@ -249,14 +249,14 @@ def as_page(found: Inspection, title: str) -> Html:
             chance = candidate.probability[name]
             cells.append(tag("span", f"{100 * chance:.4f} % ({candidate.rank[name]:,})", bar(chance / largest, number)))
         rows.append(cells)
-    how = "as the tokenizer alone cuts it" if found.raw else "in chat markup, up to where the assistant answers"
+    tokenised = "as the tokenizer alone cuts it" if found.raw else "in chat markup, up to where the assistant answers"
     prompt = [tag("p", "system prompt: ", found.system_prompt, class_="soft")] if found.system_prompt else []
     return page(
         "What the model makes of a text",
         tag("p", title, class_="soft"),
         section("Text", tag("p", found.text, class_="text"), *prompt),
         section(
-            f"{tokens:,} tokens, {how}",
+            f"{tokens:,} tokens, {tokenised}",
             tag("p", f"Embeddings ({tokens:,}, {hidden:,}) in {found.dtype}: {hidden:,} numbers for each token."),
             table(("position", "id", "text", f"first {FIRST_VALUES} numbers"), token_rows, numbers=(0, 1)),
         ),

@@ -212,7 +212,7 @@ def test_names_that_are_not_the_files_layers_are_refused(load_tiny, tmp_path):
     by_peft(load_tiny(), tmp_path, target_modules=["q_proj", "v_proj"])
     for targets in (["self_attn.q_proj"], ["q_proj", "v_proj", "self_attn.x"], ["../q_proj", "v_proj"]):
         configure(tmp_path, target_modules=targets)
-        with pytest.raises(AdapterError, match=r"are not the layers of its adapter_model\.safetensors"):
+        with pytest.raises(AdapterError, match="are not the layers of its adapter_model"):
             adapter_format.read_config(tmp_path)
 
 
