@@ -1,4 +1,4 @@
-"""The training loop: `train` is the story, `train_step` one optimizer step, `gradients` what happens inside it."""
+"""The training loop: `train` is a whole run, `train_step` one optimizer step, `gradients` the gradient of that step."""
 
 import math
 import time
@@ -41,10 +41,10 @@ def train(config: TrainConfig, *, quiet: bool = False) -> Summary:
                     if run.stop_reason:
                         return finish(run, run.stop_reason)
                     run.log.step(train_step(run))
-        except StoppedError as error:  # the step under way is lost, all before it is saved
+        except StoppedError as error:  # the current step is lost; all steps before it are saved
             stopped(run, error)
             raise
-        except BrokenPipeError:  # who read our output has gone; what was learned has not
+        except BrokenPipeError:  # the reader of our output is gone; the training is still saved
             if run.state.step:
                 save_checkpoint(run)
             raise
@@ -97,13 +97,13 @@ def train_step(run: Run) -> dict[str, Any]:
 def gradients(run: Run, examples: list[Example], num_supervised: int) -> Tensor:
     """Add up the gradient of (sum of nats) / num_supervised, micro-batch by micro-batch; returns that loss.
 
-    However the step is cut, the gradient is the same (with dropout or noise: another draw of it, as draws follow the
-    cut): each micro-batch adds its sum over the one N of the whole step.
-    Each process takes its share of the examples. When memory runs out the step begins again with a smaller budget.
+    The gradient does not depend on how the step is cut into micro-batches, because each of them divides its sum by
+    the tokens of the whole step. (Dropout and noise are drawn for each micro-batch, so their values depend on it.)
+    Each process takes its share of the examples. When memory runs out, the step is repeated with a smaller budget.
     """
     while True:
         loss, no_memory = torch.zeros((), device=run.device), False
-        torch.manual_seed(step_seed(run.config.seed, run.state.step, run.world.rank))  # dropout: of these and the cut
+        torch.manual_seed(step_seed(run.config.seed, run.state.step, run.world.rank))  # for dropout and noise
         try:
             with packed(run.model.train()):
                 for batch in run.batches(examples):
@@ -118,7 +118,7 @@ def gradients(run: Run, examples: list[Example], num_supervised: int) -> Tensor:
         if not run.world.any(no_memory):
             return run.world.all_reduce_gradients(run.model.parameters(), loss)
         run.optimizer.zero_grad(set_to_none=True)
-        hidden = nats = loss  # they held on to what the failed backward pass had not reached
+        hidden = nats = loss  # frees what the failed backward pass still holds
         free_cached(run.device)
         shrink_budget(run, [len(example.input_ids) for example in examples])
 
@@ -129,7 +129,7 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
 
 def evaluate(run: Run, dataset: Dataset) -> float:
-    """Mean loss over the supervised tokens of a data set, in nats; begins again when memory runs out."""
+    """Mean loss over the supervised tokens of a data set, in nats. Repeated when memory runs out."""
     while True:
         try:
             found = (*_evaluate(run, dataset), False)
@@ -144,7 +144,7 @@ def evaluate(run: Run, dataset: Dataset) -> float:
 
 @torch.no_grad()
 def _evaluate(run: Run, dataset: Dataset) -> tuple[float, int]:
-    """(sum of nats, supervised tokens) of what this process takes."""
+    """(sum of nats, supervised tokens) of the micro-batches that this process takes."""
     total = torch.zeros((), device=run.device, dtype=torch.float64)
     num_supervised = 0
     with packed(run.model.eval()):

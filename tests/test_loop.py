@@ -429,6 +429,8 @@ def process_settings() -> dict:
 def test_a_run_leaves_the_settings_of_the_process_as_they_were(make_config, monkeypatch, how):
     """A notebook that trained once had TF32 products, other random numbers and no progress bars afterwards."""
     keys = {"load_in_8bit": True} if how == "in 8 bits" else {}
+    if keys:
+        pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(cache, "CACHE_FROM_BYTES", 1)  # a cached file raises the limit of open files
     most = resource.getrlimit(resource.RLIMIT_NOFILE)
     for name in (*device.PRODUCT_CACHES, "TOKENIZERS_PARALLELISM"):

@@ -231,10 +231,10 @@ def _find_each_other(rank: int, size: int) -> Any:
     until = time.monotonic() + START_TIMEOUT.total_seconds()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
-    how: dict[str, Any] = {"is_master": serves, "wait_for_workers": False, "multi_tenant": True}
+    options: dict[str, Any] = {"is_master": serves, "wait_for_workers": False, "multi_tenant": True}
     while True:
         try:
-            store = dist.TCPStore(host, port, size, timeout=timedelta(seconds=1), **how)  # type: ignore[attr-defined]
+            store = dist.TCPStore(host, port, size, timeout=timedelta(seconds=1), **options)  # type: ignore[attr-defined]
             break
         except RuntimeError:
             if serves or time.monotonic() > until:

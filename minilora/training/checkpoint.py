@@ -1,4 +1,4 @@
-"""The state of a whole run in a folder: safetensors and JSON, a manifest written last, found again only when whole."""
+"""Checkpoints: the state of a whole run in safetensors and JSON files. The manifest is written last and checked."""
 
 import dataclasses
 import hashlib
@@ -27,8 +27,8 @@ WEIGHTS, MOMENTS, STATE = "trainable.safetensors", "optimizer.safetensors", "sta
 BEST = "best"  # the folder of the adapter or model with the lowest held-out loss
 MAX_HEADER_BYTES = 2**26
 EMPTY_SAFETENSORS_BYTES = 64  # a header without tensors
-# Keys a resumed run may change: how long, how fast and how talkative it is. Those of the cut change what dropout draws,
-# those of the length change the learning rate's schedule; an unchanged run goes on to the bit.
+# Keys that a resumed run may change: its length, speed and output. Keys of the micro-batches change what dropout draws,
+# keys of the length the learning rate's schedule. With unchanged keys a run continues bit for bit.
 FREE_KEYS = frozenset(
     (
         *("model", "train_file", "eval_file"),  # their content is compared, not their place
@@ -130,12 +130,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def starts(model: nn.Module) -> dict[str, Tensor]:
-    """What PiSSA's adapters began as, by name: frozen, but not to be had again to the bit on every machine."""
+    """The first values of PiSSA's adapters, by name: frozen; other machines compute other last bits of them."""
     return {name: buffer for name, buffer in model.named_buffers() if name.endswith((".lora_A0", ".lora_B0"))}
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of the checkpoint of a step."""
     return run / "checkpoints" / f"step-{step:06d}"
 
 
@@ -337,7 +337,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identit
         raise CheckpointError(
             f"{path} belongs to another run; what has changed:\n  "
             + "\n  ".join(changed)
-            + "\nGo back to those settings, or start anew: --resume never with another --output_dir"
+            + "\nGo back to those settings, or start a new run: --resume never with another --output_dir"
             + _other_rows(path.parent.parent, identity, manifest)
         )
     params, frozen = trainable(model), starts(model)

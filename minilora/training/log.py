@@ -1,4 +1,4 @@
-"""What a run says and writes while it goes: the header, one progress line, metrics.jsonl, the closing report."""
+"""What a run prints and writes while it trains: progress lines, metrics.jsonl, samples.jsonl, TensorBoard."""
 
 import itertools
 import json
@@ -67,7 +67,7 @@ class RunLog:
     def evaluation(self, record: dict[str, Any], best: float | None) -> None:
         """An evaluation is done; best is that of the evaluations before."""
         self._write(record)
-        if record["step"] == self._done_before:  # the one before the first step says nothing of how long steps take
+        if record["step"] == self._done_before:  # the time of the first evaluation is not the time of steps
             self._started = time.monotonic()
         change = (
             ""
@@ -115,7 +115,7 @@ class RunLog:
 
 
 class NullLog:
-    """The log of a process that leaves the speaking to another."""
+    """The log of a process that neither prints nor writes."""
 
     def step(self, record: dict[str, Any]) -> None:
         """Nothing."""
@@ -131,7 +131,7 @@ class NullLog:
 
 
 def _trim(path: Path, step: int) -> None:
-    """Drop the lines beyond the checkpoint that a resumed run starts from; they are about to be written again."""
+    """Drop the lines after the checkpoint that a resumed run starts from: the run writes these steps itself."""
     if not path.exists():
         return
     kept = []
@@ -162,7 +162,7 @@ class Board:
             for tag, value in values.items():
                 if value is not None:
                     self._writer.add_scalar(tag, value, step)
-            self._writer.flush()  # a killed process leaves no gap before the checkpoint that is gone on from
+            self._writer.flush()  # a killed process leaves no gap before its newest checkpoint
 
     def close(self) -> None:
         """No more points."""

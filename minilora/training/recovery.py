@@ -1,4 +1,4 @@
-"""What a run does when numbers or memory go bad."""
+"""What a run does when a signal stops it, when a gradient is not finite, and when memory runs out."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ MAX_SKIPPED_IN_A_ROW = 3
 
 
 def stopped(run: Run, error: StoppedError) -> None:
-    """Save what was done before a signal; the error then says where, and how to go on."""
+    """Save the steps that were done before a signal; the error's text then says where, and the command that goes on."""
     if run.saved_result is not None:
         error.args = (
             f"{error} after all steps. {run.saved_result} is saved and complete; it was not loaded again and compared "
@@ -52,15 +52,15 @@ def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
         kept = "The weights themselves are not finite, and are not saved."
     raise DivergedError(
         f"no finite gradient in {MAX_SKIPPED_IN_A_ROW} steps in a row (steps {good + 1} to {state.step + 1}). "
-        f"{kept} Start anew with a lower --learning_rate, or look at the rows above."
+        f"{kept} Start a new run with a lower --learning_rate, or look at the rows above."
     )
 
 
 def out_of_memory(run: Run, error: BaseException) -> bool:
-    """True for an error that says that memory ran out; any other is raised again.
+    """True for an error that says that memory ran out; any other error is raised.
 
-    Among shards the others wait for this process in the middle of the step, which cannot begin again: raises
-    OutOfMemoryError.
+    Where the model is sharded, the other processes wait in the middle of the step, and the step cannot be repeated:
+    raises OutOfMemoryError.
     """
     if not is_out_of_memory(error):
         raise error
@@ -85,4 +85,4 @@ def shrink_budget(run: Run, lengths: Sequence[int] | np.ndarray) -> None:
             f"In order of cost: {', '.join(cheaper)}."
         )
     run.state.max_tokens = max(longest, run.state.max_tokens // 2)
-    run.log.note(f"out of memory: beginning again with {run.state.max_tokens:,} tokens a micro-batch")
+    run.log.note(f"out of memory: repeated with {run.state.max_tokens:,} tokens a micro-batch")

@@ -48,11 +48,11 @@ class Run:
     identity: Identity
     stop: StopRequest
     world: World
-    checkpointing: bool  # activations are computed again in the backward pass
+    checkpointing: bool  # activations are recomputed in the backward pass
     log: RunLog | NullLog = field(default_factory=NullLog)
     first_step: int = 0  # steps that were done before this process began
     predicted_peak_bytes: int | None = None
-    saved_step: int = -1  # of the checkpoint that this run has written last or was resumed from; -1: none
+    saved_step: int = -1  # the step of the newest checkpoint that this run wrote or was resumed from; -1: none
     saved_result: Path | None = None  # the adapter or model, when the run is over
     before_skipped: TrainState | None = None  # the state before the first of several skipped steps
 
@@ -100,7 +100,7 @@ class Run:
         shares = [[examples[i] for i in part] for part in split_across_ranks(lengths, self.world.size)]
         for batch in micro_batches(shares[self.world.rank], *cut):
             yield batch.to(self.device)
-        if self.world.sharded:  # who has fewer micro-batches than another goes through as many
+        if self.world.sharded:  # every process must go through the same number of micro-batches
             counts = [len(pack_examples(each, *cut)) for each in shares]
             shortest = collate([min(examples, key=lambda example: len(example.input_ids))]).unsupervised()
             for _ in range(counts[self.world.rank], max(counts)):
@@ -113,7 +113,7 @@ class Run:
         self.stop.check()
 
     def release(self) -> None:
-        """Give the memory of model and optimizer free; the run can only be reported after that."""
+        """Free the memory of model and optimizer; after that the run can only be reported."""
         del self.model, self.optimizer
         gc.collect()
         trim_heap(self.device)

@@ -1,4 +1,4 @@
-"""A run is a folder: its name, its one writer, and the checkpoint it goes on from."""
+"""The folder of a run: its name, the lock of its one writer, and the checkpoint to resume from."""
 
 import dataclasses
 import fcntl
@@ -18,7 +18,7 @@ MAX_NAME_CHARS = 80  # of a default folder: with 3 bytes each still less than th
 
 
 def lock_run_dir(config: TrainConfig, held: ExitStack) -> tuple[Path, Path | None, list[str]]:
-    """(the run's folder, locked; the checkpoint to go on from or None; what to tell the user about the choice).
+    """(the run's folder, locked; the checkpoint to go on from or None; notes for the header).
 
     Until the lock is held, another start may take the folder that was chosen: what is true under the lock holds.
     Raises what `resolve_run_dir` raises, ConfigError for a folder that is being written, CheckpointError for a
@@ -60,15 +60,15 @@ def resolve_run_dir(config: TrainConfig, locked: Path | None = None) -> Path:
         run = Path(config.output_dir)
     else:
         names = _names(_stem(config), locked)
-        begun = [name for name in reversed(names[:-1]) if checkpoint.checkpoints(name)]  # others failed to start
-        run = begun[0] if begun and config.resume == "auto" else names[-1]
+        resumable = [name for name in reversed(names[:-1]) if checkpoint.checkpoints(name)]  # others failed to start
+        run = resumable[0] if resumable and config.resume == "auto" else names[-1]
     if config.resume == "never" and _holds_a_run(run):
         raise ConfigError(f"{run} holds a run: --resume auto goes on with it, another --output_dir starts anew.")
     return run
 
 
 def _starting_point(config: TrainConfig, run: Path) -> tuple[Path | None, list[str]]:
-    """(the checkpoint to go on from or None, what to tell the user about it)."""
+    """(the checkpoint to go on from or None, notes for the header)."""
     if config.resume == "never":
         return None, []
     path = Path(config.resume)
@@ -114,7 +114,7 @@ def _names(stem: Path, locked: Path | None) -> list[Path]:
 class RunLock:
     """One run folder, one writer. The kernel frees the lock of a dead owner, so none is ever left over.
 
-    A folder that was made for the lock and got nothing else goes when it is given free.
+    A folder that was made for the lock and holds nothing else is deleted when the lock is released.
     """
 
     def __init__(self, run: Path) -> None:
@@ -160,7 +160,7 @@ class RunLock:
 
 
 def lasting_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings as a run keeps them: with absolute paths, so that it can be gone on with from any folder."""
+    """The settings as a run keeps them: with absolute paths, so that the run can be resumed from any folder."""
     settings = dataclasses.asdict(config)
     settings |= {key: list(value) for key, value in settings.items() if isinstance(value, tuple)}
     local = os.path.expanduser(config.model)

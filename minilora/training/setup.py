@@ -50,10 +50,10 @@ from minilora.utils.terminal import say
 
 
 def prepare(config: TrainConfig, stop: StopRequest, held: ExitStack, header: bool = True) -> Run:
-    """Data, model, adapter, optimizer, and the state they were left in; says what it found, unless told not to.
+    """Prepare the data, the model, the optimizer and the state of a run, new or resumed; print the header.
 
-    Every mistake in the files is found before the model is loaded, every mistake in the settings before the first
-    step. `held` gives the folder's lock and the log free when the run is over. A signal stops it where it is.
+    Mistakes in the files are found before the model is loaded, mistakes in the settings before the first step.
+    `held` releases the folder's lock and closes the log at the end of the run. A signal stops the preparation at once.
     """
     with stop.interruptible():  # nothing can be lost yet
         world = join(held)
@@ -159,20 +159,20 @@ def _claim(config: TrainConfig, world: World, held: ExitStack) -> tuple[Path, Pa
 
 
 def agree(world: World, identity: Identity, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ConfigError when the processes of a run were not started alike, or do not read the same files."""
+    """Raise ConfigError when the processes of a run have different settings, or do not read the same files."""
     places = ("model", "train_file", "eval_file", "adapter", "output_dir", "resume")  # may differ between machines
     own = {key: value for key, value in identity.config.items() if key not in places}
     own |= {"the base model": identity.base_fingerprint, "the rows": identity.dataset_sha256}
     own |= {"the type of the matrix products": str(dtype), "the kind of device": device.type}
-    said = world.exchange(own)
-    for rank, theirs in enumerate(said):
-        if odd := [key for key in own if theirs.get(key) != said[0].get(key)]:
-            here, there = (reprlib.repr(each.get(odd[0])) for each in (said[0], theirs))
+    everyone = world.exchange(own)
+    for rank, theirs in enumerate(everyone):
+        if odd := [key for key in own if theirs.get(key) != everyone[0].get(key)]:
+            here, there = (reprlib.repr(each.get(odd[0])) for each in (everyone[0], theirs))
             raise ConfigError(f"process {rank} differs from process 0: {odd[0]} is {there} there and {here} here.")
 
 
 def longest_allowed(config: TrainConfig, base_folder: Path, notes: list[str]) -> int:
-    """max_length, or the positions that the base was made for where they are fewer, which `notes` then tells."""
+    """max_length, or the base's number of positions where that is smaller; `notes` then gets a line about it."""
     try:
         positions = files.read_json(base_folder / "config.json").get("max_position_embeddings")
     except ValueError:
@@ -272,8 +272,8 @@ def _header(run: Run, reports: Sequence[DataReport], notes: list[str]) -> None:
         f"in micro-batches of up to {run.state.max_tokens:,} tokens" if config.packing else "one example a micro-batch"
     )
     product, _ = checkpoint.per_step(dataclasses.asdict(config), run.world.size)
-    again = ", activations computed again in the backward pass" * run.checkpointing
-    say("batch", f"{product} examples a step, {cut}{again}")
+    recomputed = ", activations are recomputed in the backward pass" * run.checkpointing
+    say("batch", f"{product} examples a step, {cut}{recomputed}")
     if run.world.size > 1:
         base = " and a part of every layer of the base" * run.world.sharded
         say("processes", f"{run.world.size}, each takes its share of a step's tokens{base}")

@@ -40,7 +40,7 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:
-            os._exit(128 + number)  # asked twice: leave the last checkpoint as it is
+            os._exit(128 + number)  # the second request: exit at once; the last checkpoint stays as it is
         self.signal_number = number
         if number == signal.SIGHUP:
             self._leave_closed_terminal()
@@ -57,7 +57,7 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, where nothing can be lost, a signal raises StoppedError where it comes, not at the next point."""
+        """Inside, where nothing can be lost, a signal raises StoppedError at once, not at the next `check`."""
         before, self._at_once = self._at_once, True
         try:
             self.check()

@@ -80,7 +80,7 @@ def trim_heap(device: torch.device) -> None:
 
 
 def keep_few_products() -> None:
-    """Bound what is kept of a CPU's matrix products, one for each shape; heard before the first product only."""
+    """Bound what is kept of a CPU's matrix products, one for each shape; read before the first product only."""
     for name in PRODUCT_CACHES:
         os.environ.setdefault(name, str(PRODUCTS_KEPT))
 
