@@ -298,7 +298,7 @@ def generate_command(argv: Sequence[str]) -> int:
         "--input_file", metavar="F", help='JSONL: rows as for training, answers left out or not; or {"prompt": ...}'
     )
     parser.add_argument("--output_file", metavar="F", help='the same rows with an "answer" each, in the same order')
-    parser.add_argument("--batch_size", type=int, default=8, help="rows of a file answered together (default: 8)")
+    parser.add_argument("--batch_size", type=int, default=8, help="prompts answered together (default: 8)")
     args = parser.parse(argv)
     at_least(args, 1, "batch_size")
     if bool(args.input_file) != bool(args.output_file) or bool(args.prompts) == bool(args.input_file):
@@ -309,14 +309,15 @@ def generate_command(argv: Sequence[str]) -> int:
     chat_model = load_from(args)
 
     from minilora.data.formats import Turn
-    from minilora.inference.generate import answer
+    from minilora.inference.generate import answer, answer_all
 
     conversations = [[Turn("user", prompt)] for prompt in args.prompts]
     if len(conversations) == 1:
         answer(chat_model, conversations, sampling, on_text=lambda text: print(text, end="", flush=True))
         print()
         return 0
-    for prompt, text in zip(args.prompts, answer(chat_model, conversations, sampling), strict=True):
+    answers = answer_all(chat_model, conversations, sampling, args.batch_size, "answers")
+    for prompt, text in zip(args.prompts, answers, strict=True):
         print(f"> {prompt}\n{text}\n")
     return 0
 

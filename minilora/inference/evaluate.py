@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from minilora.batching import default_tokens, micro_batches
 from minilora.config import TrainConfig
 from minilora.data.dataset import Dataset, tokenize
 from minilora.data.formats import Question, Row, question_of
+from minilora.data.report import MAX_PROBLEMS_SHOWN
 from minilora.data.rows import read_rows
 from minilora.decoder import head_weight, hidden_states, packed
 from minilora.errors import AdapterError, DivergedError, OutOfMemoryError
@@ -28,6 +30,7 @@ from minilora.models.trained import trained_system_prompt
 from minilora.utils import files
 from minilora.utils.device import free_cached, is_out_of_memory
 
+ANSWER_MARGIN = 16  # tokens that an answer may have beyond the longest reference
 MAX_LOSS = 700.0  # nats; exp of more overflows, and no working model has it
 
 
@@ -94,11 +97,23 @@ def evaluate(request: Request) -> Evaluation:
         overlong="truncate",
         train_on_prompt=False,
     )
-    asked = questions(rows)[: request.generate]
+    asking = [row for row in rows if question_of(row)][: request.generate]
+    fits = with_room(chat_model, questions(asking))
+    asked = [question for question, fit in zip(questions(asking), fits, strict=True) if fit]
+    too_long = [row.line for row, fit in zip(asking, fits, strict=True) if not fit]
+    if too_long:
+        lines = ", ".join(map(str, too_long[:MAX_PROBLEMS_SHOWN])) + ", ..." * (len(too_long) > MAX_PROBLEMS_SHOWN)
+        print(
+            f"{len(too_long):,} rows are too long to be answered; no answer is compared: line {lines}", file=sys.stderr
+        )
 
     def scored(chat_model: ChatModel, name: str) -> Scores:
         found = score(chat_model.model, dataset, name)
-        share = exact_match(chat_model, asked, request.batch_size, name) if asked else None
+        try:
+            share = exact_match(chat_model, asked, request.batch_size, name) if asked else None
+        except OutOfMemoryError as error:
+            print(f"{name}: the answers are not compared: {error}", file=sys.stderr)
+            share = None
         return dataclasses.replace(found, exact_match=share)
 
     scores = {}
@@ -208,12 +223,25 @@ def questions(rows: Sequence[Row]) -> list[Question]:
     return [question for row in rows if (question := question_of(row))]
 
 
+def with_room(chat_model: ChatModel, asked: Sequence[Question]) -> list[bool]:
+    """For each question: does its prompt leave room for the longest reference of those that fit?"""
+    if not asked:
+        return []
+    limit = chat_model.model.config.max_position_embeddings
+    prompts = [len(chat_model.markup.prompt_ids(turns, chat_model.system_prompt)) for turns, _ in asked]
+    answers = [len(ids) + ANSWER_MARGIN for ids in chat_model.markup.encode([reference for _, reference in asked])]
+    longest = max((own for prompt, own in zip(prompts, answers, strict=True) if prompt + own <= limit), default=limit)
+    return [prompt + max(own, longest) <= limit for prompt, own in zip(prompts, answers, strict=True)]
+
+
 def exact_match(chat_model: ChatModel, asked: Sequence[Question], batch_size: int, what: str) -> float:
     """Share of the answers that the model gives to the character, greedily; blanks at the ends and reasoning aside."""
     conversations, references = zip(*asked, strict=True)
     # An answer longer than every reference is wrong however it ends; the same text in other tokens takes a few more.
     longest = max(map(len, chat_model.markup.encode(references)))
-    texts = answer_all(chat_model, conversations, Sampling(max_new_tokens=longest + 16), batch_size, f"{what}, answers")
+    texts = answer_all(
+        chat_model, conversations, Sampling(max_new_tokens=longest + ANSWER_MARGIN), batch_size, f"{what}, answers"
+    )
     same = [_without_reasoning(text) == _without_reasoning(own) for text, own in zip(texts, references, strict=True)]
     return sum(same) / len(same)
 
@@ -230,7 +258,9 @@ def table(evaluation: Evaluation) -> str:
         "token accuracy": lambda scores: f"{100 * scores.token_accuracy:.2f} %",
     }
     if evaluation.answered:
-        columns[f"exact match of {evaluation.answered}"] = lambda scores: f"{100 * (scores.exact_match or 0):.1f} %"
+        columns[f"exact match of {evaluation.answered}"] = lambda scores: (
+            "-" if scores.exact_match is None else f"{100 * scores.exact_match:.1f} %"
+        )
     cut = f", {evaluation.truncated:,} rows cut to --max_length" if evaluation.truncated else ""
     cut += f", {evaluation.bad_rows:,} bad rows left out" if evaluation.bad_rows else ""
     lines = [f"{evaluation.examples:,} rows, {evaluation.supervised_tokens:,} supervised tokens{cut}"]

@@ -236,6 +236,28 @@ def test_the_command_prints_a_table_and_writes_json(rows, tuned, tmp_path, capsy
     assert "base" in said.err  # the progress
 
 
+def test_rows_too_long_to_answer_are_named_and_the_losses_are_printed(rows, tiny_folder, capsys):
+    long = {"instruction": "river " * 3000, "output": "No."}
+    rows.write_text(json.dumps(long) + "\n" + rows.read_text())
+    flags = ["--eval_file", rows, "--dtype", "float32", "--generate", "2"]
+    assert cli.main(list(map(str, ["eval", "--model", tiny_folder, *flags]))) == 0
+    said = capsys.readouterr()
+    assert "exact match of 1" in said.out
+    assert "1 rows are too long to be answered; no answer is compared: line 1\n" in said.err
+
+
+def test_answers_that_do_not_fit_in_memory_leave_the_losses(rows, tiny_folder, capsys, monkeypatch):
+    def no_memory(*_args):
+        raise OutOfMemoryError("not even one answer fits")
+
+    monkeypatch.setattr(evaluate, "answer_all", no_memory)
+    flags = ["--eval_file", rows, "--dtype", "float32", "--generate", "2"]
+    assert cli.main(list(map(str, ["eval", "--model", tiny_folder, *flags]))) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1].split()[-1] == "-"
+    assert "base: the answers are not compared: not even one answer fits" in said.err
+
+
 def test_a_base_alone(rows, tiny_folder, capsys):
     assert cli.main(["eval", "--model", str(tiny_folder), "--eval_file", str(rows), "--dtype", "float32"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["12", "loss", "base"]

@@ -322,3 +322,17 @@ def test_what_stood_in_the_output_file_stays_when_answering_fails(tiny_folder, t
     output.write_text("before")
     assert command(tiny_folder, source, output) == 130
     assert output.read_text() == "before"
+
+
+def test_prompts_of_the_command_line_are_answered_in_batches_and_in_order(tiny_folder, capsys, monkeypatch):
+    sizes = []
+
+    def answer(_chat_model, conversations, _sampling):
+        sizes.append(len(conversations))
+        return [f"to {turns[-1].content}" for turns in conversations]
+
+    monkeypatch.setattr(generate, "answer", answer)
+    prompts = ["a", "b b b b", "c c", "d", "e e e"]
+    assert cli.main(["generate", "--model", str(tiny_folder), "--batch_size", "2", *prompts]) == 0
+    assert capsys.readouterr().out == "".join(f"> {prompt}\nto {prompt}\n\n" for prompt in prompts)
+    assert sizes == [2, 2, 1]
