@@ -46,7 +46,7 @@ def test_files_that_are_not_code_are_packaged():
 def test_the_version_stands_in_one_place():
     assert PROJECT["project"]["dynamic"] == ["version"]
     assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "minilora.__version__"}
-    assert re.fullmatch(r"\d+\.\d+\.\d+(rc\d+)?", minilora.__version__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+(rc\d+|\.dev\d+)?", minilora.__version__)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from minilora.adapters import format as adapter_format
 from minilora.errors import AdapterError, ConfigError, DivergedError
 from minilora.lora import lora_layers
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text("utf-8")
+USAGE = (Path(__file__).parent.parent.parent / "docs" / "usage.md").read_text("utf-8")
 
 
 @pytest.fixture
@@ -64,12 +64,12 @@ def test_type_checkers_see_the_names():
     assert (Path(minilora.__file__).parent / "py.typed").exists()
 
 
-# ---------------------------------------------------------------------------------------- the README
+# ---------------------------------------------------------------------------------------- the usage page
 
 
-def test_the_loop_of_the_readme(tmp_path, monkeypatch):
-    """The README's own lines, on the built-in model; the adapter then answers through the command line, and in PEFT."""
-    (code,) = [block for block in re.findall(r"^```python\n(.*?)^```", README, re.M | re.S) if "add_adapter" in block]
+def test_the_loop_of_the_usage_page(tmp_path, monkeypatch):
+    """The page's own lines, on the built-in model; the adapter then answers through the command line, and in PEFT."""
+    (code,) = [block for block in re.findall(r"^```python\n(.*?)^```", USAGE, re.M | re.S) if "add_adapter" in block]
     lines = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
     assert len(lines) <= 16
     monkeypatch.chdir(tmp_path)

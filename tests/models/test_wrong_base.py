@@ -211,6 +211,7 @@ def test_the_verbs_refuse_it_and_the_flag_overrides(base, trained, tmp_path, cap
     saved_again(noise(base, trained), folder, torch.float32)
     argv = [verb, "--adapter", str(trained), "--model", str(folder)]
     argv += ["--output_dir", str(tmp_path / "merged")] if verb == "merge" else ["--max_new_tokens", "2", "hello"]
+    capsys.readouterr()  # progress bars of saving the model
     assert cli.main(argv) == 2
     said = capsys.readouterr().err
     assert said.startswith("minilora: ")
