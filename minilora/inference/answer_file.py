@@ -1,7 +1,10 @@
 """A file of prompts in, the same rows with their answers out."""
 
+import dataclasses
+import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,8 @@ from minilora.data.report import MAX_PROBLEMS_SHOWN
 from minilora.data.whole_file import whole_file_mistake
 from minilora.errors import DataError, StorageError
 from minilora.inference.generate import ChatModel, Sampling, answer_all, prompt_ids
+from minilora.lora import lora_layers
+from minilora.models.fingerprint import fingerprint
 from minilora.utils import files
 
 ANSWER = "answer"  # the field that is added to a row
@@ -78,20 +83,86 @@ def check_output(source: Path, output: Path) -> None:
         raise StorageError(f"{output.parent} is no folder that can be written to")
 
 
+class PartialAnswers:
+    """The answers of an unfinished file, appended as they come, so that a killed command loses none of them.
+
+    They stand in OUTPUT.partial. Its first line is the key of the work: rows, sampling, system prompt and model. Each
+    further line is [place of the row, answer]. A file of other work is replaced, and a line cut short does not count.
+    """
+
+    def __init__(self, output: Path, key: str) -> None:
+        self.path, self.replaces = output.with_name(f"{output.name}.partial"), False
+        self.answers: dict[int, str] = {}
+        lines = self._lines()
+        if lines[:1] == [key]:
+            self.answers = {line[0]: line[1] for line in lines[1:] if _is_answer(line)}
+        else:
+            self.replaces = self.path.exists()
+        kept = [json.dumps(line) + "\n" for line in (key, *self.answers.items())]
+        files.replace_file(self.path, [line.encode() for line in kept])
+
+    def _lines(self) -> list[Any]:
+        found = []
+        try:
+            for line in self.path.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"\n"):
+                    found.append(json.loads(line))
+        except (OSError, ValueError):
+            return []
+        return found
+
+    def add(self, place: int, text: str) -> None:
+        """Append one answer and force it to the disk."""
+        with files.storage_errors(self.path), open(self.path, "ab") as file:
+            file.write((json.dumps([place, text]) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self.answers[place] = text
+
+
+def _is_answer(line: Any) -> bool:
+    return isinstance(line, list) and [type(part) for part in line] == [int, str]
+
+
+def key_of(chat_model: ChatModel, questions: Sequence[PromptRow], sampling: Sampling) -> str:
+    """A hash of everything that the answers to these rows depend on."""
+    digest = hashlib.sha256()
+    for part in ([row.text for row in questions], dataclasses.asdict(sampling), chat_model.system_prompt):
+        digest.update(json.dumps(part).encode())
+    digest.update(fingerprint(chat_model.model).encode())
+    for layer in lora_layers(chat_model.model).values():
+        for param in layer.parameters(recurse=False):
+            digest.update(param.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def write_answers(
     chat_model: ChatModel, questions: Sequence[PromptRow], output: Path, sampling: Sampling, batch_size: int
 ) -> None:
-    """Answer all questions; then write each line with its answer, in their order, to a file that appears at once."""
+    """Answer the questions, then write each row with its answer, in their order, to a file that appears at once.
+
+    Answers are kept in OUTPUT.partial as they come. The same command goes on where an earlier one stopped.
+    """
     for question in questions:
         try:
             prompt_ids(chat_model, question.turns, sampling)
         except DataError as error:
             raise DataError(f"line {question.line}: {error}") from error
-    answers = answer_all(chat_model, [question.turns for question in questions], sampling, batch_size, "answers")
+    partial = PartialAnswers(output, key_of(chat_model, questions, sampling))
+    if partial.replaces:
+        print(f"{partial.path}: its answers belong to other rows, settings or another model; replaced", file=sys.stderr)
+    if partial.answers:
+        print(f"{partial.path}: {len(partial.answers):,} of {len(questions):,} rows are answered", file=sys.stderr)
+    places = [place for place in range(len(questions)) if place not in partial.answers]
+    turns = [questions[place].turns for place in places]
+    answer_all(
+        chat_model, turns, sampling, batch_size, "answers", lambda number, text: partial.add(places[number], text)
+    )
 
     def lines() -> Iterator[bytes]:
-        for question, text in zip(questions, answers, strict=True):  # the row as it was written, to the digit
-            added = json.dumps({ANSWER: text}, ensure_ascii=False)
+        for place, question in enumerate(questions):  # the row as it was written, digit for digit
+            added = json.dumps({ANSWER: partial.answers[place]}, ensure_ascii=False)
             yield f"{question.text[:-1].rstrip()}, {added[1:]}\n".encode()
 
     files.replace_file(output, lines())
+    partial.path.unlink(missing_ok=True)

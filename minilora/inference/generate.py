@@ -1,6 +1,7 @@
 """Text out of a base model, with or without an adapter."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from minilora.models.trained import adapter_system_prompt, trained_system_prompt
 from minilora.utils.device import free_cached, is_out_of_memory, pick_device, pick_dtype
 
 SAMPLE_TOKENS = 48
+
+EMPTY_THINKING = re.compile(r"\A\s*<think>\s*</think>")  # Qwen3's templates begin an answer without reasoning so
 
 
 @dataclass
@@ -96,7 +99,8 @@ def answer(
     streamer = None
     if on_text is not None:
         streamer = TextStreamer(chat_model.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        streamer.on_finalized_text = lambda text, stream_end=False: on_text(text)  # type: ignore[method-assign]
+        shown = without_empty_thinking(on_text)
+        streamer.on_finalized_text = lambda text, stream_end=False: shown(text)  # type: ignore[method-assign]
     chosen: dict[str, Any] = {"do_sample": sampling.temperature > 0}
     if sampling.temperature > 0:
         chosen |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
@@ -113,9 +117,25 @@ def answer(
         streamer=streamer,
         **chosen,
     )
-    return [
-        chat_model.tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output.cpu().tolist()
-    ]
+    texts = [chat_model.tokenizer.decode(row[longest:], skip_special_tokens=True) for row in output.cpu().tolist()]
+    return [EMPTY_THINKING.sub("", text).strip() for text in texts]
+
+
+def without_empty_thinking(on_text: Callable[[str], None]) -> Callable[[str], None]:
+    """The same function for a text in pieces, without an empty think block at its beginning."""
+    held: list[str] | None = []  # what may still become an empty block; None: the decision is made
+
+    def on_piece(piece: str) -> None:
+        nonlocal held
+        if held is None:
+            return on_text(piece)
+        held.append(piece)
+        text = "".join(held)
+        if not "<think></think>".startswith("".join(text.split())):
+            held, rest = None, EMPTY_THINKING.sub("", text)
+            on_text(text if rest == text else rest.lstrip())
+
+    return on_piece
 
 
 def prompt_ids(chat_model: ChatModel, turns: Sequence[Turn], sampling: Sampling) -> list[int]:
@@ -136,12 +156,18 @@ def prompt_ids(chat_model: ChatModel, turns: Sequence[Turn], sampling: Sampling)
 
 
 def answer_all(
-    chat_model: ChatModel, conversations: Sequence[Sequence[Turn]], sampling: Sampling, batch_size: int, what: str
+    chat_model: ChatModel,
+    conversations: Sequence[Sequence[Turn]],
+    sampling: Sampling,
+    batch_size: int,
+    what: str,
+    on_answer: Callable[[int, str], object] = lambda place, text: None,
 ) -> list[str]:
     """Answers to any number of conversations, in their order, `batch_size` at a time; smaller when memory runs out.
 
     Conversations of about equal length go together, the longest first: little padding, and too little memory shows at
-    once. what: the label of the progress bar. Raises DataError before the first answer when a prompt is too long.
+    once. what: the label of the progress bar. on_answer gets (place, answer) as soon as each is there.
+    Raises DataError before the first answer when a prompt is too long.
     """
     lengths = [len(prompt_ids(chat_model, turns, sampling)) for turns in conversations]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -163,6 +189,7 @@ def answer_all(
                 texts = []
             for i, text in zip(part, texts, strict=False):
                 answers[i] = text
+                on_answer(i, text)
             if not texts:  # outside of the except block, whose error holds on to what did not fit
                 batch_size = len(part) // 2
                 free_cached(next(chat_model.model.parameters()).device)

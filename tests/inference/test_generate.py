@@ -336,3 +336,83 @@ def test_prompts_of_the_command_line_are_answered_in_batches_and_in_order(tiny_f
     assert cli.main(["generate", "--model", str(tiny_folder), "--batch_size", "2", *prompts]) == 0
     assert capsys.readouterr().out == "".join(f"> {prompt}\nto {prompt}\n\n" for prompt in prompts)
     assert sizes == [2, 2, 1]
+
+
+# ---------------------------------------------------------------------------------------- going on where it stopped
+
+
+def fails_after(count, monkeypatch):
+    """generate.answer raises KeyboardInterrupt after so many batches; returns the sizes of the batches."""
+    really, sizes = generate.answer, []
+
+    def answer_some(chat_model, turns_of, sampling, *args):
+        if len(sizes) == count:
+            raise KeyboardInterrupt
+        sizes.append(len(turns_of))
+        return really(chat_model, turns_of, sampling, *args)
+
+    monkeypatch.setattr(generate, "answer", answer_some)
+    return sizes
+
+
+def test_a_stopped_command_goes_on_where_it_stopped(tiny_folder, tmp_path, monkeypatch, capsys):
+    """Hours of answers once stood in memory only, until the last one was there."""
+    source, output, whole = (tmp_path / name for name in ("rows.jsonl", "out.jsonl", "whole.jsonl"))
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in many(10)))
+    assert command(tiny_folder, source, whole, "--batch_size", 3) == 0
+    with monkeypatch.context() as patch:
+        assert fails_after(2, patch) == []
+        assert command(tiny_folder, source, output, "--batch_size", 3) == 130
+    partial = tmp_path / "out.jsonl.partial"
+    assert not output.exists()
+    with open(partial, "ab") as file:
+        file.write(b'[9, "cut sho')  # as a killed process leaves it
+    capsys.readouterr()
+    sizes = fails_after(-1, monkeypatch)
+    assert command(tiny_folder, source, output, "--batch_size", 3) == 0
+    assert sum(sizes) == 4
+    assert "6 of 10 rows are answered" in capsys.readouterr().err
+    assert output.read_bytes() == whole.read_bytes()
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("other", ["rows", "sampling"])
+def test_answers_of_other_work_are_not_taken(tiny_folder, tmp_path, monkeypatch, capsys, other):
+    source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "red"}\n{"prompt": "a longer blue one"}\n')
+    with monkeypatch.context() as patch:
+        fails_after(1, patch)
+        assert command(tiny_folder, source, output, "--batch_size", 1) == 130
+    if other == "rows":
+        source.write_text('{"prompt": "red"}\n{"prompt": "stone"}\n')
+    flags = ["--max_new_tokens", 5] if other == "sampling" else []
+    capsys.readouterr()
+    sizes = fails_after(-1, monkeypatch)
+    assert command(tiny_folder, source, output, *flags) == 0
+    assert sum(sizes) == 2
+    assert "other rows, settings or another model; replaced" in capsys.readouterr().err
+
+
+def test_an_empty_think_block_is_not_shown(tiny, monkeypatch):
+    """Qwen3's template begins an answer without reasoning with an empty block; a real reasoning stays."""
+    for text, shown in {
+        "<think>\n\n</think>\n\nred": "red",
+        "<think>\nwhy\n</think>\n\nred": "<think>\nwhy\n</think>\n\nred",
+        "red <think></think>": "red <think></think>",
+    }.items():
+        monkeypatch.setattr(tiny.tokenizer, "decode", lambda *_, text=text, **__: text)
+        assert answer(tiny, [[Turn("user", "a")]], Sampling(max_new_tokens=1)) == [shown]
+
+
+def test_an_empty_think_block_is_not_streamed():
+    for pieces, shown in (
+        (["<think>", "\n\n</th", "ink>\n", "\nred", " bird"], "red bird"),
+        (["<think>", "\nwhy", "\n</think>\n\n", "red"], "<think>\nwhy\n</think>\n\nred"),
+        (["<thi", "s is red"], "<this is red"),
+        ([" red"], " red"),
+    ):
+        texts = []
+        on_piece = generate.without_empty_thinking(texts.append)
+        for piece in pieces:
+            on_piece(piece)
+        assert "".join(texts) == shown
