@@ -5,6 +5,7 @@ Everything else (generation with a cache, padded batches) runs under transformer
 """
 
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minilora.kernels import first_derivative_only
 
 PACKED = "minilora_packed"
 BLOCK_ROWS = 96  # most queries computed together on the CPU: their scores stay in the cache
@@ -99,6 +102,7 @@ class _PackedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_derivative_only
     @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (query, key, value) = grad_outputs, ctx.saved_tensors
@@ -192,8 +196,12 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
     k, v = (_side_by_side(x, _key_order(layout, query.device)) for x in (k, v))
     longest_q = max(layout.prefix, layout.padding, *layout.lengths)
     longest_k = max(layout.prefix + max(layout.lengths), layout.padding)
-    causal = (-1, 0)
-    out = varlen_attn(q, k, v, queries, seen, longest_q, longest_k, scale=scale, window_size=causal, enable_gqa=True)
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    else:  # torch 2.11 has no grouped queries here: each query head gets its own copy of its key head
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    out = varlen_attn(q, k, v, queries, seen, longest_q, longest_k, **options)
     assert isinstance(out, Tensor)
     return out[None]
 

@@ -42,6 +42,24 @@ def zero_(x: Tensor, dropped: Tensor) -> Tensor:
     return x
 
 
+def first_derivative_only(backward: Function) -> Function:
+    """A backward pass that raises RuntimeError where a second derivative is asked for (create_graph=True).
+
+    It is written by hand and not differentiable itself: autograd would give a wrong second derivative without a word.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grad_outputs: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "minilora's backward passes give first derivatives only, and create_graph=True asks for second ones: "
+                "use the plain formulas (plain_lora_linear, plain_loss, plain_attention) for these"
+            )
+        return backward(ctx, *grad_outputs)
+
+    return checked
+
+
 def eager(function: Function) -> Function:
     """The function as it stands, operation by operation."""
     return function
@@ -64,6 +82,7 @@ class _RMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_x, d_weight = ctx.how(_norm_backward)(*grad_outputs, *ctx.saved_tensors, ctx.needs_input_grad[1])
         return d_x, d_weight, None, None
@@ -96,6 +115,7 @@ class _SwiGLU(torch.autograd.Function):
         return how(_swiglu)(gate, up)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         return *ctx.how(_swiglu_backward)(*grad_outputs, *ctx.saved_tensors), None
 
@@ -119,6 +139,7 @@ class _Rotary(torch.autograd.Function):
         return how(_rotate)(x, cos, sin)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         return ctx.how(_rotate)(grad_outputs[0], cos, -sin), None, None, None

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
-from minilora.kernels import draw_dropped, zero_, zeroed
+from minilora.kernels import draw_dropped, first_derivative_only, zero_, zeroed
 from minilora.lora_variants import dora_linear, weight_norm
 
 
@@ -176,6 +176,7 @@ class _LoRALinears(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         flat, dropped, z, *saved = ctx.saved_tensors
         count = len(grad_outputs)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minilora.kernels import first_derivative_only
+
 CHUNK_ROWS = {"cpu": 256, "cuda": 768}  # logits of so many positions exist at a time: 78 MB, 233 MB in bf16 for Qwen
 WIDE_ROWS = {"cpu": 8, "cuda": 256}  # of them in fp32; on the CPU as many as stay in the cache
 
@@ -65,6 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return nats
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """d nats is one number (1 / N), so both gradients are only scaled."""
         d_hidden, d_weight = ctx.saved_tensors

@@ -1,6 +1,7 @@
 """Packed examples: each is seen as if it were alone."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Sizes, random_examples, randomize_lora, relative_error
 
+from minilora import attention
 from minilora.attention import PACKED, Layout, packed_attention, plain_attention
 from minilora.batching import collate
 from minilora.data.dataset import IGNORE, Example
@@ -282,3 +284,40 @@ def test_backward_under_autocast_is_the_same():
             found.append(torch.autograd.grad(out.sum(), (query, key, value)))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+# ---------------------------------------------------------------------------------------- the call of CUDA
+
+
+def by_segment(q, k, v, cu_q, cu_k, scale):
+    """What FlashAttention computes of segments end to end, causal from the lower right corner; heads are equal."""
+    parts = []
+    for (a, b), (c, d) in zip(itertools.pairwise(cu_q.tolist()), itertools.pairwise(cu_k.tolist()), strict=True):
+        scores = scale * torch.einsum("qhd,khd->hqk", q[a:b], k[c:d])
+        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        parts.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v[c:d]))
+    return torch.cat(parts)
+
+
+def of_torch_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    assert k.shape[1] == q.shape[1], "no grouped queries"
+    assert window_size == (-1, 0), "causal"
+    return by_segment(q, k, v, cu_q, cu_k, scale)
+
+
+def of_torch_2_13(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    assert enable_gqa
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return of_torch_2_11(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("varlen_attn", [of_torch_2_11, of_torch_2_13])
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_the_call_of_cuda_fits_both_signatures(monkeypatch, varlen_attn, prefix):
+    """torch 2.11, the declared floor, has no `enable_gqa`: the first step on a card once failed there."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    layout = attention.Layout((7, 3), prefix, padding=2)
+    tokens = prefix + 12
+    q, k, v = (torch.randn(1, heads, tokens, 8, dtype=torch.float64) for heads in (6, 2, 2))
+    expected = attention.plain_attention(q, k, v, layout, 0.3)
+    assert torch.allclose(attention._varlen(q, k, v, layout, 0.3), expected)

@@ -3,6 +3,7 @@
 from functools import cache
 
 import pytest
+import torch
 
 from benchmarks.counts import Counts, count, formula_flops_per_token, whole
 
@@ -35,7 +36,8 @@ def test_flops_are_those_of_the_formula():
 
 
 def test_operations_of_a_micro_batch():
-    assert minilora().operations <= 7000
+    more = 0 if torch.__version__ >= "2.12" else 2 * 24  # torch 2.11 copies key heads for each layer
+    assert minilora().operations <= 7000 + more
 
 
 def test_the_cpu_form_saves_and_peaks_as_little():
