@@ -228,6 +228,12 @@ def _key_order(layout: Layout, device: torch.device) -> Tensor | None:
     return torch.cat(order).to(device, non_blocking=True)
 
 
+def forget_layouts() -> None:
+    """Let go of the last batches' tensors, which lie on the device."""
+    _varlen_layout.cache_clear()
+    _key_order.cache_clear()
+
+
 def _side_by_side(x: Tensor, order: Tensor | None) -> Tensor:
     """Keys or values in `_key_order`. (T, kv_heads, head_dim) -> (keys, kv_heads, head_dim)"""
     return x if order is None else x.index_select(0, order)

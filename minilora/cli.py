@@ -97,7 +97,7 @@ def train_parser() -> Parser:
     return run_parser(
         "train",
         "Fine-tune a model. With no argument at all: preset lora on Qwen/Qwen2-0.5B-Instruct, or the "
-        "built-in demo where that model cannot be had.",
+        "built-in demo where that model is not available.",
     )
 
 
@@ -105,7 +105,7 @@ def run_parser(verb: str, description: str) -> Parser:
     """The flags that say what a run is: one for each field of TrainConfig."""
     parser = Parser(f"{PROG} {verb}", description)
     parser.add_argument(
-        "source", nargs="?", metavar="PRESET | FILE.toml", help=f"{', '.join(presets())}, or a TOML file of keys"
+        "source", nargs="?", metavar="PRESET | FILE.toml", help=f"settings: {', '.join(presets())}, or a TOML file"
     )
     for name in FIELDS:
         add_key(parser, name)
@@ -143,9 +143,9 @@ def parse_train(argv: Sequence[str]) -> TrainConfig:
 
 
 def config_of(source: str | None, flags: dict[str, Any]) -> TrainConfig:
-    """The settings that a preset or file and flags make: over those of the run to resume, or over preset lora's.
+    """The settings from a preset or a file and flags; other keys are those of the run to resume, or of preset lora.
 
-    Those of an adapter to go on from are its own where they are not given.
+    Of an adapter to continue from, the keys that are not given are its own.
     """
     base = None
     if flags.get("resume") not in (None, "auto", "never"):
@@ -153,20 +153,22 @@ def config_of(source: str | None, flags: dict[str, Any]) -> TrainConfig:
 
         base = saved_config(Path(os.path.expanduser(flags["resume"])))
     folder = flags.get("adapter") or (read_source(source).get("adapter") if source else None)
-    begun = None
+    adapter_keys = None
     if isinstance(folder, str) and folder.lower() != "none":
         from minilora.adapters.format import keys_to_go_on
 
-        begun = keys_to_go_on(Path(os.path.expanduser(folder)))
-    return resolve(source or ("lora" if base is None else None), flags, base, begun)
+        adapter_keys = keys_to_go_on(Path(os.path.expanduser(folder)))
+    return resolve(source or ("lora" if base is None else None), flags, base, adapter_keys)
 
 
 def plan_command(argv: Sequence[str]) -> int:
     """minilora plan"""
     parser = run_parser(
-        "plan", "Say what memory a run will need, by part and for other settings; nothing is loaded or trained."
+        "plan", "Predict the memory that a run needs, part by part and for other settings. No weights are loaded."
     )
-    parser.add_argument("--card", metavar="NAME | GIB", help="plan for this card (RTX 4080, H100, 24, ...)")
+    parser.add_argument(
+        "--card", metavar="NAME | GIB", help="a card by its name or its GiB (RTX 4080, H100, 24); default: this machine"
+    )
     args = vars(parser.parse(argv))
     source, card = args.pop("source"), args.pop("card")
     config = config_of(source, args)
@@ -181,14 +183,14 @@ def tune_command(argv: Sequence[str]) -> int:
     """minilora tune"""
     parser = run_parser(
         "tune",
-        "Search for the learning rate: a few steps at several rates on rows of your own, one table, one suggestion. "
-        "Nothing of it is kept.",
+        "Search for the learning rate: train a few steps at several rates on your rows and suggest one. "
+        "Nothing is written.",
     )
-    text = "try all of these (default: --learning_rate, then by half decades from 1e-3, with method full from 1e-5)"
+    text = "learning rates to try; default: --learning_rate, then some around 1e-3 (method full: around 1e-5)"
     parser.add_argument("--rates", nargs="+", default=[], metavar="RATE", help=text)
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps at each rate (default: 2)")
-    parser.add_argument("--rows", type=int, default=8, help="rows of a step (default: 8)")
-    parser.add_argument("--held_out", type=int, default=8, help="rows by which a rate is judged (default: 8)")
+    parser.add_argument("--rows", type=int, default=8, help="rows in one step (default: 8)")
+    parser.add_argument("--held_out", type=int, default=8, help="other rows on which the loss is measured (default: 8)")
     args = vars(parser.parse(argv))
     source, given, *counts = (args.pop(name) for name in ("source", "rates", "steps", "rows", "held_out"))
     rates = []
@@ -215,7 +217,7 @@ def source_of_bare_call() -> str:
     why = hub_answers(name)
     if not why:
         return "lora"
-    if speaks():
+    if reports():
         print(f"{name} is not in the local cache, and {why}.")
         print("So this trains the small built-in demo model instead. To train a real one:")
         print("    python train.py --model FOLDER_OR_HUB_NAME --train_file data/train.jsonl", flush=True)
@@ -225,17 +227,23 @@ def source_of_bare_call() -> str:
 def model_flags(parser: Parser, several: bool = False) -> None:
     """The flags that say which model, and how it is loaded."""
     if several:
-        text = "adapter folder, again for each further one; the base is found from the first"
+        text = "adapter folder; give the flag once for each adapter; the first one names the base"
         parser.add_argument("--adapter", metavar="[NAME=]DIR", action="append", default=[], help=text)
     else:
-        parser.add_argument("--adapter", metavar="DIR", help="adapter folder; its base is found from it")
-    parser.add_argument("--model", metavar="NAME", help="hub name or folder; overrides the adapter's base")
+        parser.add_argument("--adapter", metavar="DIR", help="adapter folder; it names its base")
     parser.add_argument(
-        "--allow_other_base", action="store_true", help="load the adapter on a base it was not trained on"
+        "--model",
+        metavar="NAME",
+        help="name on the hub, or folder, of the base; replaces the one that the adapter names",
     )
-    parser.add_argument("--system_prompt", metavar="TEXT", help="default: the one the adapter was trained with")
-    how = "auto: bfloat16 where the hardware multiplies in it"
-    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=how)
+    parser.add_argument(
+        "--allow_other_base", action="store_true", help="accept a base that the adapter was not trained on"
+    )
+    parser.add_argument(
+        "--system_prompt", metavar="TEXT", help="system turn; default: the one that the adapter was trained with"
+    )
+    auto = "dtype of the base; auto: bfloat16 where the hardware has it"
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help=auto)
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
 
 
@@ -243,11 +251,25 @@ def chat_parser(verb: str, description: str, several: bool = False) -> Parser:
     """The flags shared by the verbs that let a model speak."""
     parser = Parser(prog=f"{PROG} {verb}", description=description)
     model_flags(parser, several)
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="tokens of an answer at most (default: 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default: 0)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="nucleus sampling (default: 1)")
-    parser.add_argument("--top_k", type=int, default=0, help="sample among so many; 0: all (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: 0)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, default=256, help="largest number of tokens of an answer (default: 256)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="randomness of an answer; 0: always the most probable token (default: 0)",
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample among the most probable tokens that together have this probability (default: 1)",
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="sample among this number of the most probable tokens; 0: all (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     return parser
 
 
@@ -293,12 +315,18 @@ def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
 def generate_command(argv: Sequence[str]) -> int:
     """minilora generate"""
     parser = chat_parser("generate", "Answer prompts: those of the command line, or those of a file.")
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to ask; after -- it may begin with a dash")
     parser.add_argument(
-        "--input_file", metavar="F", help='JSONL: rows as for training, answers left out or not; or {"prompt": ...}'
+        "prompts", nargs="*", metavar="PROMPT", help="a question; after the word -- it may begin with a dash"
     )
-    parser.add_argument("--output_file", metavar="F", help='the same rows with an "answer" each, in the same order')
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts answered together (default: 8)")
+    parser.add_argument(
+        "--input_file",
+        metavar="F",
+        help='JSONL file of questions: rows as for training, with or without answers, or {"prompt": ...}',
+    )
+    parser.add_argument(
+        "--output_file", metavar="F", help='file for the same rows in the same order, each with an "answer"'
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="prompts that are answered together (default: 8)")
     args = parser.parse(argv)
     at_least(args, 1, "batch_size")
     if bool(args.input_file) != bool(args.output_file) or bool(args.prompts) == bool(args.input_file):
@@ -338,8 +366,8 @@ def chat_command(argv: Sequence[str]) -> int:
     """minilora chat"""
     parser = chat_parser(
         "chat",
-        "Talk to a model. /new forgets the conversation, /quit or end of file leaves; with adapters, /adapter NAME "
-        "switches and /base lets the base answer the last prompt.",
+        "Talk to a model. /new starts a new conversation; /quit or end of file ends the program. With adapters, "
+        "/adapter NAME changes the adapter, and /base lets the base answer the last prompt.",
         several=True,
     )
     args = parser.parse(argv)
@@ -348,8 +376,8 @@ def chat_command(argv: Sequence[str]) -> int:
     from minilora.inference.chat import Chat
     from minilora.inference.multi_adapter import load_several, named_folders
 
-    how = (args.dtype, args.device, args.system_prompt, args.allow_other_base)
-    chat_model, adapters = load_several(named_folders(args.adapter), args.model, *how)
+    options = (args.dtype, args.device, args.system_prompt, args.allow_other_base)
+    chat_model, adapters = load_several(named_folders(args.adapter), args.model, *options)
     Chat(chat_model, adapters, sampling, fixed_prompt=args.system_prompt is not None).talk()
     return 0
 
@@ -357,20 +385,22 @@ def chat_command(argv: Sequence[str]) -> int:
 def eval_command(argv: Sequence[str]) -> int:
     """minilora eval"""
     parser = Parser(
-        f"{PROG} eval", "Score a model on a file: loss, perplexity, token accuracy, exact answers; base and adapter."
+        f"{PROG} eval", "Score a base and its adapter on a file: loss, perplexity, token accuracy, exact answers."
     )
     model_flags(parser)
-    parser.add_argument("--eval_file", metavar="F", required=True, help="JSONL, rows as for training")
-    parser.add_argument("--merged", metavar="DIR", help="also this model folder, as `merge` writes it")
-    bad = "what happens to lines that are no examples (default: error)"
+    parser.add_argument("--eval_file", metavar="F", required=True, help="JSONL file with rows as for training")
+    parser.add_argument("--merged", metavar="DIR", help="also score this model folder, which `merge` has written")
+    bad = "what to do with a line that is not an example (default: error)"
     parser.add_argument("--on_bad_rows", choices=choices("on_bad_rows"), default=TrainConfig.on_bad_rows, help=bad)
-    parser.add_argument("--max_rows", type=int, default=0, help="only the first so many; 0: all (default: 0)")
-    cut = f"tokens of a row, the rest is cut off (default: {TrainConfig.max_length})"
+    parser.add_argument(
+        "--max_rows", type=int, default=0, help="use only the first rows, this number of them; 0: all (default: 0)"
+    )
+    cut = f"largest number of tokens of a row; the rest is cut off (default: {TrainConfig.max_length})"
     parser.add_argument("--max_length", type=int, default=TrainConfig.max_length, help=cut)
-    exact = "answer the first N rows and compare with theirs, to the letter (default: 0)"
+    exact = "answer the first N rows and count the answers that are equal to those of the file (default: 0)"
     parser.add_argument("--generate", metavar="N", type=int, default=0, help=exact)
-    parser.add_argument("--batch_size", type=int, default=8, help="rows answered together (default: 8)")
-    parser.add_argument("--json", metavar="F", help="write the figures there too")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows that are answered together (default: 8)")
+    parser.add_argument("--json", metavar="F", help="also write the figures to this file")
     args = parser.parse(argv)
     at_least(args, 0, "max_rows", "generate")
     at_least(args, 1, "batch_size")
@@ -389,12 +419,20 @@ def eval_command(argv: Sequence[str]) -> int:
 
 def merge_command(argv: Sequence[str]) -> int:
     """minilora merge"""
-    parser = Parser(f"{PROG} merge", "Fold an adapter into its base: a plain Hugging Face folder comes out.")
-    parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; its base is found from it")
-    parser.add_argument("--output_dir", metavar="DIR", required=True, help="where the merged model goes")
-    parser.add_argument("--model", metavar="NAME", help="hub name or folder; overrides the adapter's base")
+    parser = Parser(
+        f"{PROG} merge", "Add an adapter to the weights of its base, and write a normal Hugging Face model folder."
+    )
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; it names its base")
+    parser.add_argument("--output_dir", metavar="DIR", required=True, help="new folder for the merged model")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="name on the hub, or folder, of the base; replaces the one that the adapter names",
+    )
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
-    parser.add_argument("--allow_other_base", action="store_true", help="merge into a base it was not trained on")
+    parser.add_argument(
+        "--allow_other_base", action="store_true", help="accept a base that the adapter was not trained on"
+    )
     args = parser.parse(argv)
 
     from minilora.adapters.merge import merge
@@ -415,14 +453,16 @@ def merge_command(argv: Sequence[str]) -> int:
 
 def export_command(argv: Sequence[str]) -> int:
     """minilora export"""
-    parser = Parser(f"{PROG} export", "Write an adapter in a form that other programs read, and say how they take it.")
+    parser = Parser(
+        f"{PROG} export", "Write an adapter in a form that other programs read, and print the commands for them."
+    )
     parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder")
-    parser.add_argument("--output_dir", metavar="DIR", required=True, help="where the exported adapter goes")
+    parser.add_argument("--output_dir", metavar="DIR", required=True, help="new folder for the exported adapter")
     parser.add_argument(
         "--portable",
         action="store_true",
         required=True,
-        help="fold the scale into B: lora_alpha = r, no rsLoRA, for readers that ignore them (the one form there is)",
+        help="multiply B by the scale, for programs that ignore lora_alpha or rsLoRA (the only form, always needed)",
     )
     args = parser.parse(argv)
 
@@ -439,9 +479,16 @@ def export_command(argv: Sequence[str]) -> int:
 
 def verify_command(argv: Sequence[str]) -> int:
     """minilora verify"""
-    parser = Parser(f"{PROG} verify", "Check that an adapter is whole, finite, of its base, and the same when merged.")
-    parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; its base is found from it")
-    parser.add_argument("--model", metavar="NAME", help="hub name or folder; overrides the adapter's base")
+    parser = Parser(
+        f"{PROG} verify",
+        "Check that an adapter is complete and finite, fits its base, and gives the same results when merged.",
+    )
+    parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; it names its base")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="name on the hub, or folder, of the base; replaces the one that the adapter names",
+    )
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     args = parser.parse(argv)
 
@@ -464,16 +511,18 @@ def inspect_command(argv: Sequence[str]) -> int:
     """minilora inspect"""
     parser = Parser(
         f"{PROG} inspect",
-        "Follow a text through a model: tokens, ids, embeddings, logits, the likeliest next tokens; with an adapter, "
-        "base and adapter side by side.",
+        "Show a text inside a model: tokens, ids, embeddings, logits, the most probable next tokens. With an adapter, "
+        "base and adapter are shown side by side.",
     )
     model_flags(parser)
-    parser.add_argument("text", metavar="TEXT", help="what to look at; after -- it may begin with a dash")
-    raw = "the text alone, as the tokenizer cuts it; else it is asked in chat markup, up to where the answer begins"
+    parser.add_argument("text", metavar="TEXT", help="the text; after the word -- it may begin with a dash")
+    raw = "use the text alone; without this flag, it is a question in chat markup, up to where the answer begins"
     parser.add_argument("--raw", action="store_true", help=raw)
-    parser.add_argument("--top_k", type=int, default=10, help="next tokens to show of each model (default: 10)")
-    parser.add_argument("--html", metavar="F", help="write a page there too")
-    parser.add_argument("--json", metavar="F", help="write it there for programs too")
+    parser.add_argument(
+        "--top_k", type=int, default=10, help="number of next tokens to show for each model (default: 10)"
+    )
+    parser.add_argument("--html", metavar="F", help="also write an HTML page to this file")
+    parser.add_argument("--json", metavar="F", help="also write the figures to this JSON file")
     args = parser.parse(argv)
     at_least(args, 1, "top_k")
     if args.raw and args.system_prompt is not None:
@@ -495,15 +544,16 @@ def inspect_command(argv: Sequence[str]) -> int:
 def preview_command(argv: Sequence[str]) -> int:
     """minilora preview"""
     parser = Parser(
-        f"{PROG} preview", "Show rows as the model will see them, what is learned marked, and what the file holds."
+        f"{PROG} preview",
+        "Show rows as the model sees them, with the learned tokens marked, and the contents of the file in figures.",
     )
-    parser.add_argument("file", metavar="FILE", help="JSONL, rows as for training")
+    parser.add_argument("file", metavar="FILE", help="JSONL file with rows as for training")
     keys = ("model", "system_prompt", "max_length", "overlong", "train_on_prompt")
     for name in keys:
         add_key(parser, name)
-    parser.add_argument("--rows", type=int, default=3, help="rows to show (default: 3)")
-    parser.add_argument("--from_line", type=int, default=1, help="of the file, where to begin (default: 1)")
-    parser.add_argument("--html", metavar="F", help="write a page there too")
+    parser.add_argument("--rows", type=int, default=3, help="number of rows to show (default: 3)")
+    parser.add_argument("--from_line", type=int, default=1, help="first line of the file to show (default: 1)")
+    parser.add_argument("--html", metavar="F", help="also write an HTML page to this file")
     args = parser.parse(argv)
     at_least(args, 0, "rows")
     at_least(args, 1, "from_line")
@@ -522,10 +572,13 @@ def preview_command(argv: Sequence[str]) -> int:
 def doctor_command(argv: Sequence[str]) -> int:
     """minilora doctor"""
     parser = Parser(
-        f"{PROG} doctor", "Is everything there that a run needs? Exit code 0 when it is, else 1; failures have a fix."
+        f"{PROG} doctor",
+        "Check everything that a run needs. The exit code is 0 when all is well, else 1; each failure has a fix.",
     )
-    parser.add_argument("--model", metavar="NAME", help="hub name or folder: its tokenizer and files are examined too")
-    parser.add_argument("--output_dir", metavar="DIR", default="runs", help="where runs are to go (default: runs)")
+    parser.add_argument("--model", metavar="NAME", help="also check this model: name on the hub, or folder")
+    parser.add_argument(
+        "--output_dir", metavar="DIR", default="runs", help="folder in which runs will be written (default: runs)"
+    )
     args = parser.parse(argv)
 
     from minilora.tools.doctor import Asked, doctor
@@ -535,9 +588,12 @@ def doctor_command(argv: Sequence[str]) -> int:
 
 def report_command(argv: Sequence[str]) -> int:
     """minilora report"""
-    parser = Parser(f"{PROG} report", "Write a page about a run, or about several side by side; it needs no network.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    where = "where the page goes (default: report.html, in the run's folder or, for several runs, here)"
+    parser = Parser(
+        f"{PROG} report",
+        "Write an HTML page about one run, or about several runs side by side. The page needs no network.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    where = "file for the page (default: report.html in the folder of the run; for several runs, in the current folder)"
     parser.add_argument("--html", metavar="F", help=where)
     args = parser.parse(argv)
     folders = [Path(os.path.expanduser(run)) for run in args.runs]
@@ -554,18 +610,18 @@ def report_command(argv: Sequence[str]) -> int:
 
 VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train_command, "fine-tune a model"),
-    "plan": (plan_command, "say what memory a run will need"),
-    "tune": (tune_command, "search for the learning rate, in a few steps"),
+    "plan": (plan_command, "predict the memory that a run needs"),
+    "tune": (tune_command, "search for the learning rate in a few steps"),
     "eval": (eval_command, "score a model on a file of examples"),
     "generate": (generate_command, "answer prompts"),
     "chat": (chat_command, "talk to a model"),
-    "merge": (merge_command, "fold an adapter into its base"),
+    "merge": (merge_command, "add an adapter to the weights of its base"),
     "export": (export_command, "write an adapter for other programs"),
-    "verify": (verify_command, "check that an adapter is what it says"),
-    "inspect": (inspect_command, "follow a text through a model, to the next token"),
-    "preview": (preview_command, "show rows as the model will see them, and what a file holds"),
-    "doctor": (doctor_command, "check that everything is there that a run needs"),
-    "report": (report_command, "write a page about a run, or several side by side"),
+    "verify": (verify_command, "check an adapter"),
+    "inspect": (inspect_command, "show a text inside a model, up to the next token"),
+    "preview": (preview_command, "show rows as the model sees them"),
+    "doctor": (doctor_command, "check everything that a run needs"),
+    "report": (report_command, "write an HTML page about one or more runs"),
 }
 
 
@@ -575,7 +631,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"usage: {PROG} VERB ...\n")
         for verb, (_, text) in VERBS.items():
             print(f"  {verb:<10} {text}")
-        print(f"\n{PROG} VERB --help tells more.")
+        print(f"\n{PROG} VERB --help explains a verb.")
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"{PROG} {__version__}")
@@ -588,14 +644,14 @@ def run(argv: Sequence[str]) -> int:
     return VERBS[argv[0]][0](argv[1:])
 
 
-def speaks(error: BaseException | None = None) -> bool:
-    """Whether this process tells it: of those that a launcher starts on a machine, one tells what all have met."""
+def reports(error: BaseException | None = None) -> bool:
+    """Whether this process prints it: of the processes of a launcher, one prints what all of them meet."""
     return getattr(error, "alone", False) or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def tell(error: BaseException, text: str) -> None:
+def report_error(error: BaseException, text: str) -> None:
     """Print an error, if this process is the one to do so; if not, leave that one the time."""
-    if speaks(error):
+    if reports(error):
         who = f"{PROG}, process {os.environ['RANK']}" if getattr(error, "alone", False) else PROG
         print(f"{who}: {text}", file=sys.stderr, flush=True)
     else:
@@ -617,10 +673,10 @@ def report_errors(work: Callable[[list[str]], int | None], argv: list[str]) -> i
     except MiniloraError as error:
         if debug:
             raise
-        tell(error, printable(str(error)))
+        report_error(error, printable(str(error)))
         return error.exit_code
     except KeyboardInterrupt as error:
-        tell(error, "interrupted")
+        report_error(error, "interrupted")
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -629,8 +685,8 @@ def report_errors(work: Callable[[list[str]], int | None], argv: list[str]) -> i
         if debug:
             raise
         if isinstance(error, (OSError, MemoryError)):
-            tell(error, printable(str(error)))
+            report_error(error, printable(str(error)))
         else:
             what = printable(f"{type(error).__name__}: {error}")
-            tell(error, f"a mistake of ours: {what}. --debug shows where.")
+            report_error(error, f"a mistake of ours: {what}. --debug shows where.")
         return 4 if isinstance(error, MemoryError) else 1

@@ -1,4 +1,4 @@
-"""`TrainConfig`: the only home of every default. Presets and TOML files lie over it, command-line flags over them."""
+"""`TrainConfig` is every setting of a run with its default. A preset or TOML file replaces defaults, a flag both."""
 
 import dataclasses
 import difflib
@@ -20,11 +20,7 @@ from minilora.errors import ConfigError
 DEVICE = r"auto|cpu|cuda(:\d{1,3})?"
 MAX_TOML_BYTES = 2**20
 SHORT = reprlib.Repr()
-
-
 SHORT.maxstring = SHORT.maxother = 120
-
-
 PRESET_DIR = Path(__file__).parent / "presets"
 PATHS = ("model", "train_file", "eval_file", "output_dir", "resume", "adapter")
 LORA_ONLY = (  # refused with method full; r, alpha, dropout and targets, which presets set, are not looked at
@@ -46,77 +42,107 @@ def _key(default: Any, help: str, **limits: float) -> Any:
 class TrainConfig:
     """Everything a run depends on; names are those of Hugging Face's TrainingArguments and PEFT's LoraConfig."""
 
-    # what is trained on what
-    model: str = _key("Qwen/Qwen2-0.5B-Instruct", "hub name or folder of the base model")
-    train_file: str | tuple[str, ...] = _key("data/train.jsonl", "JSONL file of examples; several, separated by commas")
-    train_weights: tuple[float, ...] = _key(
-        (), "how often an epoch takes the rows of each train_file, as 2,1 or 0.5; empty: once", gt=0, le=1000
+    # the model, its rows and its run
+    model: str = _key("Qwen/Qwen2-0.5B-Instruct", "name on the hub, or folder, of the base model")
+    train_file: str | tuple[str, ...] = _key(
+        "data/train.jsonl", "JSONL file of training examples; commas separate several files"
     )
-    deduplicate: bool = _key(False, "leave out rows of train_file that repeat an earlier one, to the token")
-    eval_file: str | None = _key(None, "JSONL file for evaluation")
-    val_size: float = _key(0.0, "share of train_file set aside for evaluation, when there is no eval_file", ge=0, lt=1)
-    output_dir: str | None = _key(None, "the run's folder; default: a new one under runs/")
+    train_weights: tuple[float, ...] = _key(
+        (), "how many times an epoch uses the rows of each train_file (2,1 or 0.5); empty: once", gt=0, le=1000
+    )
+    deduplicate: bool = _key(False, "leave out rows of train_file that have the same tokens as an earlier row")
+    eval_file: str | None = _key(None, "JSONL file of evaluation examples; none: no file")
+    val_size: float = _key(
+        0.0, "share of train_file that is kept for evaluation; needs no eval_file; 0: nothing", ge=0, lt=1
+    )
+    output_dir: str | None = _key(None, "folder of the run; none: a new folder in runs/")
     resume: str = _key(
-        "never", "auto: go on from output_dir's newest valid checkpoint; PATH: from that run or checkpoint"
+        "never", "auto: continue from the newest valid checkpoint in output_dir; PATH: continue that run or checkpoint"
     )
     # method
-    method: Literal["lora", "full"] = _key("lora", "train low-rank adapters, or every weight")
+    method: Literal["lora", "full"] = _key("lora", "lora: train low-rank adapters; full: train all weights")
     lora_r: int = _key(8, "rank of the adapters", ge=1, le=4096)
-    lora_alpha: int = _key(32, "numerator of the scale alpha / r", ge=1, le=2**20)
-    lora_dropout: float = _key(0.05, "dropout on the input of the low-rank path", ge=0, lt=1)
-    target_modules: tuple[str, ...] = _key(TARGET_GROUPS["attn"], "linear layers to adapt: names, or attn | mlp | all")
-    use_rslora: bool = _key(False, "scale by alpha / sqrt(r) (arXiv:2312.03732)")
-    use_dora: bool = _key(False, "train the length of each row of the weight, too (arXiv:2402.09353): slower")
-    init_lora_weights: Literal["kaiming", "pissa"] = _key(
-        "kaiming", "where A and B begin; pissa: at the weight's largest directions (arXiv:2404.02948)"
+    lora_alpha: int = _key(32, "the adapter's output is multiplied by lora_alpha / lora_r", ge=1, le=2**20)
+    lora_dropout: float = _key(0.05, "probability of dropout on the input of the adapter", ge=0, lt=1)
+    target_modules: tuple[str, ...] = _key(
+        TARGET_GROUPS["attn"], "linear layers that get an adapter: names, or attn | mlp | all"
     )
-    loraplus_lr_ratio: float = _key(1.0, "LoRA+ (arXiv:2402.12354): B's learning rate over A's", gt=0, le=1e4)
-    adapter: str | None = _key(None, "adapter folder to go on training from, with its r, alpha, targets and flavour")
-    load_in_4bit: bool = _key(False, "hold the frozen base in 4 bits (nf4, extra `quant`): smaller, slower, less exact")
-    load_in_8bit: bool = _key(False, "hold the frozen base in 8 bits (LLM.int8, extra `quant`)")
+    use_rslora: bool = _key(False, "multiply by lora_alpha / sqrt(lora_r) instead (arXiv:2312.03732)")
+    use_dora: bool = _key(False, "train the length of each row of the weight too (DoRA, arXiv:2402.09353): slower")
+    init_lora_weights: Literal["kaiming", "pissa"] = _key(
+        "kaiming", "initial values of A and B; pissa: the largest directions of the weight (arXiv:2404.02948)"
+    )
+    loraplus_lr_ratio: float = _key(
+        1.0, "LoRA+ (arXiv:2402.12354): learning rate of B divided by that of A", gt=0, le=1e4
+    )
+    adapter: str | None = _key(
+        None, "folder of an adapter to continue from; its rank, alpha, targets and variant are used"
+    )
+    load_in_4bit: bool = _key(False, "keep the frozen base in 4 bits (nf4, extra `quant`): smaller, slower, less exact")
+    load_in_8bit: bool = _key(False, "keep the frozen base in 8 bits (LLM.int8, extra `quant`)")
     # optimization
-    per_device_train_batch_size: int = _key(4, "examples a device takes per accumulation", ge=1)
-    gradient_accumulation_steps: int = _key(8, "accumulations per optimizer step", ge=1)
+    per_device_train_batch_size: int = _key(4, "examples on one device for one accumulation", ge=1)
+    gradient_accumulation_steps: int = _key(8, "accumulations in one optimizer step", ge=1)
     num_train_epochs: float = _key(10.0, "passes over train_file", gt=0, le=1e6)
-    max_steps: int = _key(0, "optimizer steps; 0: as many as num_train_epochs needs", ge=0)
-    learning_rate: float = _key(1e-4, "peak learning rate", ge=0)
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = _key("cosine", "shape after the warm-up")
-    warmup_ratio: float = _key(0.1, "share of the steps over which the rate rises", ge=0, le=1)
-    weight_decay: float = _key(0.01, "AdamW's decoupled decay (not for biases and norms)", ge=0)
-    max_grad_norm: float = _key(0.1, "clip the gradient to this norm; 0: never", ge=0)
-    early_stopping_patience: int = _key(0, "stop after so many evaluations without a new best; 0: never", ge=0)
+    max_steps: int = _key(0, "number of optimizer steps; 0: the number that num_train_epochs needs", ge=0)
+    learning_rate: float = _key(1e-4, "highest learning rate", ge=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = _key(
+        "cosine", "how the learning rate changes after the warm-up"
+    )
+    warmup_ratio: float = _key(0.1, "share of the steps in which the learning rate rises", ge=0, le=1)
+    weight_decay: float = _key(0.01, "decay of the weights in AdamW; biases and norms have none", ge=0)
+    max_grad_norm: float = _key(
+        0.1, "largest norm of the gradient, a larger gradient is scaled down; 0: no limit", ge=0
+    )
+    early_stopping_patience: int = _key(
+        0, "stop after this number of evaluations without a better result; 0: never", ge=0
+    )
     neftune_noise_alpha: float = _key(
-        0.0, "noise on the embeddings in training, up to this / sqrt(tokens x hidden) (arXiv:2310.05914); 0: none", ge=0
+        0.0,
+        "noise on the embeddings in training, at most this / sqrt(tokens x hidden) (arXiv:2310.05914); 0: none",
+        ge=0,
     )
     # data
-    max_length: int = _key(1024, "tokens of an example beyond which `overlong` applies", ge=2)
-    overlong: Literal["truncate", "drop", "error"] = _key("truncate", "what happens to longer examples")
-    on_bad_rows: Literal["error", "skip"] = _key("error", "what happens to lines that are no examples")
-    train_on_prompt: bool = _key(False, "supervise the prompt's tokens too")
-    system_prompt: str = _key("你是一个AI助手", "system turn of rows that bring none; empty: no system turn")
+    max_length: int = _key(
+        1024, "largest number of tokens of an example; `overlong` says what happens to longer ones", ge=2
+    )
+    overlong: Literal["truncate", "drop", "error"] = _key(
+        "truncate", "what to do with an example that is longer than max_length"
+    )
+    on_bad_rows: Literal["error", "skip"] = _key("error", "what to do with a line that is not an example")
+    train_on_prompt: bool = _key(False, "also learn the tokens of the prompt")
+    system_prompt: str = _key("你是一个AI助手", "system turn for rows that have none; empty: no system turn")
     # speed and memory
-    packing: bool = _key(True, "several examples share a micro-batch; false: one each")
-    max_tokens_per_micro_batch: int = _key(0, "token budget of a micro-batch; 0: chosen for the device", ge=0)
+    packing: bool = _key(True, "put several examples in one micro-batch; false: one example in each")
+    max_tokens_per_micro_batch: int = _key(
+        0, "largest number of tokens of a micro-batch; 0: chosen for the device", ge=0
+    )
     share_prefix: Literal["auto", "on", "off"] = _key(
-        "auto", "compute tokens that all rows of a micro-batch begin with only once; auto: on the CPU"
+        "auto",
+        "compute only once the tokens with which all rows of a micro-batch begin; auto: on on the CPU, off elsewhere",
     )
     gradient_checkpointing: bool | None = _key(
-        None, "recompute activations in the backward pass: slower, smaller; unset: where nothing fits without"
+        None,
+        "compute activations a second time in the backward pass: slower, smaller; unset: only where needed",
     )
-    torch_compile: bool = _key(False, "run norms, SwiGLU and rotary embedding as kernels of torch.compile")
-    fsdp: bool = _key(False, "a part of every layer to each process of torchrun, where the base fits no card (FSDP2)")
+    torch_compile: bool = _key(False, "compile norms, SwiGLU and rotary embedding with torch.compile")
+    fsdp: bool = _key(
+        False, "give each process of torchrun a part of every layer (FSDP2), for a base that is too large for one card"
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = _key(
-        "auto", "of the base; auto: bfloat16 where the hardware has it"
+        "auto", "dtype of the base; auto: bfloat16 where the hardware has it"
     )
     device: str = _key("auto", "auto | cpu | cuda | cuda:N")
-    seed: int = _key(42, "of order, initialisation and dropout", ge=0, le=2**63 - 1)
-    # what is said and kept
-    report_to: Literal["none", "tensorboard"] = _key("none", "also write curves for TensorBoard (extra `tensorboard`)")
-    logging_steps: int = _key(10, "steps between two lines of the log", ge=1)
-    eval_steps: int = _key(0, "steps between two evaluations; 0: at each epoch's end", ge=0)
-    eval_samples: int = _key(0, "prompts of the evaluation set that are answered at each evaluation", ge=0, le=1000)
-    save_steps: int = _key(0, "steps between two checkpoints; 0: at each epoch's end", ge=0)
-    save_total_limit: int = _key(2, "checkpoints kept; 0: all", ge=0)
+    seed: int = _key(42, "seed of the order of rows, the initial values and dropout", ge=0, le=2**63 - 1)
+    # what is reported and kept
+    report_to: Literal["none", "tensorboard"] = _key(
+        "none", "tensorboard: also write curves for TensorBoard (extra `tensorboard`)"
+    )
+    logging_steps: int = _key(10, "number of steps between two lines of the log", ge=1)
+    eval_steps: int = _key(0, "number of steps between two evaluations; 0: at the end of each epoch", ge=0)
+    eval_samples: int = _key(0, "number of evaluation prompts that the model answers at each evaluation", ge=0, le=1000)
+    save_steps: int = _key(0, "number of steps between two checkpoints; 0: at the end of each epoch", ge=0)
+    save_total_limit: int = _key(2, "number of checkpoints that are kept; 0: all", ge=0)
 
     def __post_init__(self) -> None:
         """Read every value as its flag is read, and raise ConfigError with all problems, one a line."""
@@ -247,15 +273,15 @@ def resolve(
     source: str | None,
     flags: Mapping[str, Any],
     base: Mapping[str, Any] | None = None,
-    begun: Mapping[str, Any] | None = None,
+    adapter_keys: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """Defaults, then `base` (a run's saved config), then the preset or TOML file `source`, then `flags`.
 
-    begun: the keys of the adapter to go on from: over those of the run and of a preset, which knows only of new ones,
-    under those of a TOML file and the flags.
+    adapter_keys: the keys of the adapter to continue from. They replace those of the run and of a preset; a TOML file
+    and the flags replace them.
     A preset's eval_file belongs to the preset's train_file: flags with a train_file or a val_size leave it out. A TOML
     file or a run keeps its keys, and values that contradict each other are an error.
-    Raises ConfigError with every problem of every layer, one a line.
+    Raises ConfigError with every problem of every layer, one on each line.
     """
     layers = [("the run's config.json", dict(base or {}))]
     if source is not None:
@@ -263,8 +289,8 @@ def resolve(
         if not source.endswith(".toml") and flags.keys() & {"train_file", "val_size"}:
             layer.pop("eval_file", None)
         layers.append((source, layer))
-    if begun is not None:
-        layers.insert(len(layers) - (source or "").endswith(".toml"), ("the adapter", dict(begun)))
+    if adapter_keys is not None:
+        layers.insert(len(layers) - (source or "").endswith(".toml"), ("the adapter", dict(adapter_keys)))
     layers.append(("the command line", dict(flags)))
     values: dict[str, Any] = {}
     found: list[str] = []

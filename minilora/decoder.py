@@ -31,6 +31,7 @@ def packed(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+        attention.forget_layouts()
 
 
 def hidden_states(model: Any, batch: Batch, noise_alpha: float = 0.0) -> Tensor:

@@ -1,8 +1,8 @@
-"""The ways a run can end early, each with its exit code; `cli.py` turns them into one clear message."""
+"""Every error that a user can act on, with its exit code. `cli.py` prints it as one message."""
 
 
 class MiniloraError(Exception):
-    """A problem the user can act on: its text says what was given, what was possible and what to do."""
+    """A problem the user can act on: the text says what was given, what is possible and what to do."""
 
     exit_code = 2
 
@@ -58,7 +58,7 @@ class RankError(MiniloraError, RuntimeError):
 
 
 class StoppedError(MiniloraError, InterruptedError):
-    """A signal asked the run to stop; what was learned so far is saved."""
+    """A signal asked the run to stop; the training so far is saved."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -66,7 +66,7 @@ class StoppedError(MiniloraError, InterruptedError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says first, or its name."""
+    """The first line of an error of another library, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

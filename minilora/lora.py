@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -225,11 +224,10 @@ def inject(
     head = get_head() if get_head else None  # the loss reads its weight: it is no layer to adapt
     modules = dict(model.named_modules())
     linears = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
-    last = Counter(name.rpartition(".")[2] for name in linears)
+    last = dict.fromkeys(name.rpartition(".")[2] for name in linears)
     if unmatched := [target for target in target_modules if target not in last]:
         raise ConfigError(
-            f"target_modules {unmatched} match nothing; this model's linear layers end in "
-            + ", ".join(f"{name} ({count})" for name, count in last.items())
+            f"target_modules {unmatched} match nothing; this model's linear layers end in " + ", ".join(last)
         )
     model.requires_grad_(False)
     chosen = [name for name in linears if name.rpartition(".")[2] in target_modules]

@@ -321,3 +321,13 @@ def test_the_call_of_cuda_fits_both_signatures(monkeypatch, varlen_attn, prefix)
     q, k, v = (torch.randn(1, heads, tokens, 8, dtype=torch.float64) for heads in (6, 2, 2))
     expected = attention.plain_attention(q, k, v, layout, 0.3)
     assert torch.allclose(attention._varlen(q, k, v, layout, 0.3), expected)
+
+
+def test_no_tensor_of_a_batch_is_kept_when_its_work_is_done(load_tiny):
+    """Two caches of the module once kept tensors on the device for as long as the process lived."""
+    model, batch = load_tiny(), collate(random_examples([9, 12]))
+    with packed(model):
+        hidden_states(model, batch)
+        attention._varlen_layout(batch.layout, torch.device("cpu"))
+    assert attention._varlen_layout.cache_info().currsize == 0
+    assert attention._key_order.cache_info().currsize == 0

@@ -236,8 +236,9 @@ def test_a_target_that_matches_nothing_is_refused_with_the_names_there_are(wrong
     with pytest.raises(ConfigError) as error:
         inject(model, ["q_proj", wrong], rank=2, alpha=2)
     assert repr([wrong]) in str(error.value)
-    for name, count in (("q_proj", 2), ("xq_proj", 1), ("q_proj2", 1), ("lm_head", 1)):
-        assert f"{name} ({count})" in str(error.value)
+    assert str(error.value).endswith(
+        "end in q_proj, xq_proj, q_proj2, lm_head"
+    )  # no counts: see memory_estimate.LAYERS
     assert not lora_layers(model)
 
 

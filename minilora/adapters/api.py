@@ -40,7 +40,7 @@ def add_adapter(
         targets = expand_targets([target_modules] if isinstance(target_modules, str) else target_modules)
     except ValueError as error:
         raise ConfigError(f"target_modules = {target_modules!r} {error}.") from error
-    TrainConfig(  # checks them
+    checked = TrainConfig(
         target_modules=targets,
         lora_r=lora_r,
         lora_alpha=lora_alpha,
@@ -49,10 +49,11 @@ def add_adapter(
         use_dora=use_dora,
         seed=seed,
     )
-    inject(model, targets, lora_r, lora_alpha, lora_dropout, use_rslora, seed, use_dora)
+    shape = (checked.lora_r, checked.lora_alpha, checked.lora_dropout)
+    inject(model, targets, *shape, checked.use_rslora, checked.seed, checked.use_dora)
     _in_step(model)
     name = getattr(model, "name_or_path", "") or ""
-    return AdapterConfig(name, lora_r, lora_alpha, lora_dropout, targets, use_rslora, use_dora)
+    return AdapterConfig(name, *shape, targets, checked.use_rslora, checked.use_dora)
 
 
 def load_adapter(model: Any, folder: str | Path, allow_other_base: bool = False) -> AdapterConfig:

@@ -1,4 +1,4 @@
-"""`minilora plan`: what a run will need of memory, by part and for other settings, and what fits; nothing is loaded."""
+"""`minilora plan` predicts the memory that a run needs, part by part and for other settings. No weights are loaded."""
 
 import dataclasses
 import os
@@ -189,8 +189,8 @@ def rows_of(config: TrainConfig) -> tuple[Sets, str]:
         supervised = np.tile(np.arange(longest) >= longest // 2, count)
         ids, lengths = np.zeros(count * longest, np.int32), np.full(count, longest)
         dataset = of_file(missing[0], make_columns(ids, supervised, lengths, np.arange(count)))
-        said = f"there is no {missing[0]}: all are taken to have {longest:,} tokens, half supervised"
-        return Sets(dataset, None, (), []), said
+        text = f"there is no {missing[0]}: all are taken to have {longest:,} tokens, half supervised"
+        return Sets(dataset, None, (), []), text
     read = read_sources(dataclasses.replace(config, eval_file=None, eval_samples=0, early_stopping_patience=0))
     sets = make_sets(config, read, ChatMarkup(load_tokenizer(base_folder)), longest)
     lengths = sets.train.lengths
@@ -252,7 +252,7 @@ def parts_table(memory: Memory, method: str, place: Place) -> str:
 
 def settings_table(cells: Grid, place: Place) -> str:
     """Markdown: the peak over budgets and variants; what does not fit is in brackets."""
-    names = [method + ", checkpointing" * again for method, again in VARIANTS]
+    names = [method + ", checkpointing" * checkpointing for method, checkpointing in VARIANTS]
     rows = [("micro-batch of up to", *names)]
     for number, tokens in enumerate(cells.tokens):
         peaks = [cells.memories[variant][number] for variant in VARIANTS]
@@ -278,13 +278,15 @@ def verdict(memory: Memory, variant: Variant, max_tokens: int, cells: Grid, plac
     need = f"{gib(place.peak(memory))} of {gib(place.usable)}"
     if place.fits(memory):
         return f"it fits: {need}"
-    method, again = variant
-    ways = [variant, (method, True), ("lora", False), ("lora", True)]  # in order of cost
-    for way in dict.fromkeys(ways):
-        fitting = [budget for budget, found in cells.cells(way) if place.fits(found)]
-        fitting = [budget for budget in fitting if budget < max_tokens] if way == variant else fitting
+    method, checkpointing = variant
+    by_cost = [variant, (method, True), ("lora", False), ("lora", True)]
+    for other in dict.fromkeys(by_cost):
+        fitting = [budget for budget, found in cells.cells(other) if place.fits(found)]
+        fitting = [budget for budget in fitting if budget < max_tokens] if other == variant else fitting
         if fitting:
             flags = f"--max_tokens_per_micro_batch {max(fitting)}"
-            flags += " --gradient_checkpointing" * (way[1] and not again) + " --method lora" * (way[0] != method)
+            flags += " --gradient_checkpointing" * (other[1] and not checkpointing) + " --method lora" * (
+                other[0] != method
+            )
             return f"it does not fit: {need}. The cheapest change that does: {flags}"
     return f"it does not fit: {need}. Nothing in the table does: a shorter --max_length, or a smaller --model"

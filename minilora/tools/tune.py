@@ -1,4 +1,4 @@
-"""`minilora tune`: a short search for the learning rate on one's own rows; one table, one suggestion, no run left.
+"""`minilora tune` is a short search for the learning rate on the user's rows. It prints a table and a suggestion.
 
 Every rate gets the same short run: from the same A, over the same rows in the same order, with the same dropout, judged
 on the same held-out rows. The base is loaded once; between two rates what is trained is put back.
@@ -85,9 +85,9 @@ def tune(config: TrainConfig, search: Search) -> float | None:
 def descend(grid: Sequence[float], first: float, loss_at: Callable[[float], float]) -> None:
     """From a rate of the grid up, or else down, as long as the loss falls: over the rate it has one valley."""
     best = grid.index(first)
-    for way in (1, -1):  # down again is tried only where up was no better
-        while 0 <= best + way < len(grid) and loss_at(grid[best]) > loss_at(grid[best + way]):
-            best += way
+    for step in (1, -1):  # a lower rate is tried only where a higher one was not better
+        while 0 <= best + step < len(grid) and loss_at(grid[best]) > loss_at(grid[best + step]):
+            best += step
 
 
 def short_run(config: TrainConfig, search: Search, folder: Path) -> TrainConfig:

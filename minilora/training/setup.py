@@ -21,7 +21,7 @@ from minilora.data.sampler import Schedule, make_schedule
 from minilora.decoder import hidden_states, packed
 from minilora.distributed.fsdp import shard
 from minilora.distributed.world import World, join
-from minilora.errors import ConfigError, first_line
+from minilora.errors import ConfigError, OutOfMemoryError, first_line
 from minilora.models.fingerprint import fingerprint
 from minilora.models.load import load_model, load_tokenizer
 from minilora.models.quantize import num_elements
@@ -40,6 +40,7 @@ from minilora.utils.device import (
     device_name,
     free_bytes,
     gib,
+    is_out_of_memory,
     memory_bytes,
     peak_memory_bytes,
     pick_device,
@@ -218,6 +219,9 @@ def _compile_kernels(
             hidden_states(model, batch).sum().backward()
     except Exception as error:  # no compiler, a broken one, a cache that cannot be written: each its own class
         stop.check()  # a signal meets the compiler, too
+        if is_out_of_memory(error):
+            longest = int(train_set.lengths.min())
+            raise OutOfMemoryError(f"the first pass, over one example of {longest:,} tokens, does not fit") from error
         raise ConfigError(f"torch_compile: torch cannot compile here ({first_line(error)}). Leave it out.") from error
     model.zero_grad(set_to_none=True)
 

@@ -178,7 +178,7 @@ def test_dropout_is_only_there_in_training_mode(plain, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"target_modules": "qproj"}, r"target_modules \['qproj'\] match nothing; .* q_proj \(2\)"),
+        ({"target_modules": "qproj"}, r"target_modules \['qproj'\] match nothing; .* q_proj, k_proj"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": 3}, "target_modules = 3 is not a list of names"),
         ({"lora_r": 0}, "lora_r = 0 must be at least 1"),
