@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from minilora.models.fingerprint import fingerprint
 from minilora.utils import files
 
 ANSWER = "answer"  # the field that is added to a row
+KEY = r"[0-9a-f]{64}"  # the first line of a file of partial answers
 
 
 @dataclass(frozen=True)
@@ -96,19 +99,24 @@ class PartialAnswers:
         lines = self._lines()
         if lines[:1] == [key]:
             self.answers = {line[0]: line[1] for line in lines[1:] if _is_answer(line)}
-        else:
-            self.replaces = self.path.exists()
+        elif lines:
+            if not (isinstance(lines[0], str) and re.fullmatch(KEY, lines[0])):
+                raise StorageError(
+                    f"{self.path} is no file of answers from here: move it, or give another --output_file"
+                )
+            self.replaces = True
         kept = [json.dumps(line) + "\n" for line in (key, *self.answers.items())]
         files.replace_file(self.path, [line.encode() for line in kept])
 
     def _lines(self) -> list[Any]:
+        """The JSON value of each whole line, None for a line that holds none. Raises StorageError."""
         found = []
-        try:
+        with files.storage_errors(self.path), suppress(FileNotFoundError):
             for line in self.path.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    found.append(json.loads(line))
-        except (OSError, ValueError):
-            return []
+                try:
+                    found.append(json.loads(line) if line.endswith(b"\n") else None)
+                except (ValueError, RecursionError):
+                    found.append(None)
         return found
 
     def add(self, place: int, text: str) -> None:
@@ -129,8 +137,10 @@ def key_of(chat_model: ChatModel, questions: Sequence[PromptRow], sampling: Samp
     digest = hashlib.sha256()
     for part in ([row.text for row in questions], dataclasses.asdict(sampling), chat_model.system_prompt):
         digest.update(json.dumps(part).encode())
-    digest.update(fingerprint(chat_model.model).encode())
-    for layer in lora_layers(chat_model.model).values():
+    dtype = next(chat_model.model.parameters()).dtype
+    digest.update(f"{fingerprint(chat_model.model)} {dtype} {chat_model.markup.sha256}".encode())
+    for name, layer in lora_layers(chat_model.model).items():
+        digest.update(f"{name} {layer.scale} {layer.enabled}".encode())
         for param in layer.parameters(recurse=False):
             digest.update(param.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from minilora import cli, demo
 from minilora.data.formats import Turn
 from minilora.data.markup import ChatMarkup
 from minilora.errors import AdapterError, DataError, OutOfMemoryError
-from minilora.inference import generate
+from minilora.inference import answer_file, generate
 from minilora.inference.answer_file import read_questions
 from minilora.inference.generate import ChatModel, Sampling, answer, answer_all
 from minilora.lora import inject
@@ -391,6 +391,27 @@ def test_answers_of_other_work_are_not_taken(tiny_folder, tmp_path, monkeypatch,
     assert command(tiny_folder, source, output, *flags) == 0
     assert sum(sizes) == 2
     assert "other rows, settings or another model; replaced" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_partial_answers_stays(tiny_folder, tmp_path, capsys):
+    """The input itself may have that name: it was once replaced, and deleted at the end."""
+    source, output = tmp_path / "out.jsonl.partial", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "red"}\n')
+    assert command(tiny_folder, source, output) == 2
+    assert "is no file of answers from here" in capsys.readouterr().err
+    assert source.read_text() == '{"prompt": "red"}\n'
+
+
+def test_a_damaged_line_costs_only_its_own_answer(tiny, tmp_path):
+    questions = [answer_file.PromptRow(i, f'{{"prompt": "{i}"}}', (Turn("user", str(i)),)) for i in range(3)]
+    key = answer_file.key_of(tiny, questions, Sampling())
+    assert key != answer_file.key_of(tiny, questions, Sampling(max_new_tokens=9))
+    partial = answer_file.PartialAnswers(tmp_path / "out", key)
+    partial.add(0, "a")
+    with open(partial.path, "ab") as file:
+        file.write(b"nonsense\n[2]\n")
+    partial.add(2, "c")
+    assert answer_file.PartialAnswers(tmp_path / "out", key).answers == {0: "a", 2: "c"}
 
 
 def test_an_empty_think_block_is_not_shown(tiny, monkeypatch):
