@@ -72,7 +72,7 @@ def speed_up(model: nn.Module, torch_compile: bool = False) -> None:
 
     torch_compile: run their elementwise chains as kernels of torch.compile
     """
-    how = compiled if torch_compile else eager
+    wrap = compiled if torch_compile else eager
     for module in model.modules():
         kind = type(module).__name__
         if kind in NORMS:
@@ -83,7 +83,7 @@ def speed_up(model: nn.Module, torch_compile: bool = False) -> None:
             module.forward = MethodType(_attention_forward, module)
         else:
             continue
-        module.how = how  # type: ignore[assignment]  # no parameter and no module, but nn.Module takes it
+        module.wrap = wrap  # type: ignore[assignment]  # no parameter and no module, but nn.Module takes it
 
 
 def _is_silu(function: Any) -> bool:
@@ -92,11 +92,11 @@ def _is_silu(function: Any) -> bool:
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.how)
+    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.wrap)
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(_SwiGLU.apply(*project(x, (self.gate_proj, self.up_proj)), self.how))
+    return self.down_proj(_SwiGLU.apply(*project(x, (self.gate_proj, self.up_proj)), self.wrap))
 
 
 def _attention_forward(
@@ -119,7 +119,7 @@ def _attention_forward(
     if hasattr(self, "q_norm"):
         query, key = self.q_norm(query), self.k_norm(key)
     cos, sin = position_embeddings
-    query, key = (_Rotary.apply(rotated, cos, sin, self.how) for rotated in (query, key))
+    query, key = (_Rotary.apply(rotated, cos, sin, self.wrap) for rotated in (query, key))
     query, key = query.to(value.dtype), key.to(value.dtype)  # norms whose weights are in fp32 widen them
     out, _ = packed_attention(
         self,

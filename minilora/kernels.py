@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Function = Callable[..., Any]
-How = Callable[[Function], Function]  # eager | compiled
+Wrap = Callable[[Function], Function]  # eager | compiled
 
 
 def draw_dropped(x: Tensor, dropout: float) -> Tensor:
@@ -75,16 +75,16 @@ class _RMSNorm(torch.autograd.Function):
     """weight * (x / rms(x)) as Qwen2RMSNorm computes it; saves x and one number a row, nothing in fp32 of x's size."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, how: How) -> Tensor:
-        out, rstd = how(_norm)(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, wrap: Wrap) -> Tensor:
+        out, rstd = wrap(_norm)(x, weight, eps)
         ctx.save_for_backward(x, rstd, weight)
-        ctx.how = how
+        ctx.wrap = wrap
         return out
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        d_x, d_weight = ctx.how(_norm_backward)(*grad_outputs, *ctx.saved_tensors, ctx.needs_input_grad[1])
+        d_x, d_weight = ctx.wrap(_norm_backward)(*grad_outputs, *ctx.saved_tensors, ctx.needs_input_grad[1])
         return d_x, d_weight, None, None
 
 
@@ -109,15 +109,15 @@ class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up (arXiv:2002.05202); saves only its two inputs."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, how: How) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, wrap: Wrap) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.how = how
-        return how(_swiglu)(gate, up)
+        ctx.wrap = wrap
+        return wrap(_swiglu)(gate, up)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return *ctx.how(_swiglu_backward)(*grad_outputs, *ctx.saved_tensors), None
+        return *ctx.wrap(_swiglu_backward)(*grad_outputs, *ctx.saved_tensors), None
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -133,16 +133,16 @@ class _Rotary(torch.autograd.Function):
     """Rotary position embedding (arXiv:2104.09864), x cos + rotate_half(x) sin, saving neither x nor its rotation."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, how: How) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, wrap: Wrap) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.how = how
-        return how(_rotate)(x, cos, sin)
+        ctx.wrap = wrap
+        return wrap(_rotate)(x, cos, sin)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return ctx.how(_rotate)(grad_outputs[0], cos, -sin), None, None, None
+        return ctx.wrap(_rotate)(grad_outputs[0], cos, -sin), None, None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,4 +1,16 @@
-"""LoRA (arXiv:2106.09685): a frozen linear layer plus a product of two small matrices, W = W0 + (alpha/r) B A."""
+r"""LoRA (arXiv:2106.09685): a frozen linear layer plus a product of two small matrices, W = W0 + (alpha/r) B A.
+
+            x (tokens, in)
+           /              \
+     W0 (out, in)     A (rank, in)        W0 is frozen, A and B are trained
+          |                |
+          |           B (out, rank)       rank is small: 8 where in and out are 896
+           \              /
+    y = x W0^T + b  +  scale * dropout(x) A^T B^T
+
+The order of this file: the plain formula, the layer, the formula with a backward pass by hand, and `inject`, which puts
+layers into a model.
+"""
 
 import itertools
 import math
@@ -21,6 +33,18 @@ def is_quantised(layer: nn.Linear) -> bool:
 
 
 Weights = tuple[Tensor, Tensor | None, Tensor, Tensor]  # W (out, in), b (out,), A (rank, in), B (out, rank)
+
+
+def plain_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """The formula itself, the oracle of `lora_linear`."""
+    return F.linear(x, weight, bias) + plain_update(x, lora_A, lora_B, scale, dropout)
+
+
+def plain_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
+    """What the low-rank path adds. x: (..., in) -> (..., out)"""
+    return scale * F.linear(F.linear(F.dropout(x, dropout), lora_A.to(x.dtype)), lora_B.to(x.dtype))
 
 
 class LoRALinear(nn.Module):
@@ -105,18 +129,6 @@ class LoRALinear(nn.Module):
     def extra_repr(self) -> str:
         """What print(model) shows of this layer."""
         return f"rank={len(self.lora_A)}, scale={self.scale:g}, dropout={self.dropout}"
-
-
-def plain_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float
-) -> Tensor:
-    """The formula itself, the oracle of `lora_linear`."""
-    return F.linear(x, weight, bias) + plain_update(x, lora_A, lora_B, scale, dropout)
-
-
-def plain_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
-    """What the low-rank path adds. x: (..., in) -> (..., out)"""
-    return scale * F.linear(F.linear(F.dropout(x, dropout), lora_A.to(x.dtype)), lora_B.to(x.dtype))
 
 
 def lora_linear(

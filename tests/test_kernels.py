@@ -143,9 +143,9 @@ def test_a_run_with_compiled_chains_learns_the_same(start, tmp_path):
     assert compiled_before_the_first_step > before
     called = []
     for module in quick.model.modules():
-        if hasattr(module, "how"):
-            assert module.how is kernels.compiled
-            module.how = lambda function: called.append(function) or kernels.compiled(function)
+        if hasattr(module, "wrap"):
+            assert module.wrap is kernels.compiled
+            module.wrap = lambda function: called.append(function) or kernels.compiled(function)
     losses = [[loop.train_step(run)["loss"] for _ in range(3)] for run in (plain, quick)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled_before_the_first_step
