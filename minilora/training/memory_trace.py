@@ -6,6 +6,7 @@ seen.
 """
 
 import functools
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -129,7 +130,13 @@ def as_on(device_type: str) -> Iterator[None]:
             held.enter_context(patched(lora, draw_dropped=dropped_mask))
             held.enter_context(patched(loss, WIDE_ROWS=dict.fromkeys(loss.WIDE_ROWS, loss.WIDE_ROWS["cuda"])))
             held.enter_context(patched(decoder, packed_attention=varlen))
-        yield
+        try:
+            yield
+        except BaseException as error:
+            # In torch 2.11 the hooks of a checkpoint that fails live as long as its frame, and take over what every
+            # later operation saves for its backward pass: whoever keeps this error would break the training.
+            traceback.clear_frames(error.__traceback__)
+            raise
 
 
 @contextmanager
