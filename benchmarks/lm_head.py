@@ -28,7 +28,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (T, hidden), weight 
 
 
 def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Hugging Face's way: logits of all positions, in fp32 for the loss; labels that do not count are ignored."""
+    """As Hugging Face does it: logits of all positions, in fp32 for the loss; labels that do not count are ignored."""
     return F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
@@ -48,14 +48,14 @@ def chunked(rows: int) -> Loss:
 
 
 def contenders(chunk_rows: list[int]) -> dict[str, Loss]:
-    """Every way by name; torch's own fused one where this torch has it."""
-    ways = {"all logits": full_logits, "logits of supervised rows": supervised(full_logits)}
-    ways |= {f"minilora, chunks of {rows:,}": supervised(chunked(rows)) for rows in chunk_rows}
+    """Every method by name; torch's own fused one where this torch has it."""
+    methods = {"all logits": full_logits, "logits of supervised rows": supervised(full_logits)}
+    methods |= {f"minilora, chunks of {rows:,}": supervised(chunked(rows)) for rows in chunk_rows}
     if hasattr(F, "linear_cross_entropy"):
-        ways["F.linear_cross_entropy"] = supervised(torchs_own(chunks=False))
+        methods["F.linear_cross_entropy"] = supervised(torchs_own(chunks=False))
         if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            ways["F.linear_cross_entropy, chunked"] = supervised(torchs_own(chunks=True))
-    return ways
+            methods["F.linear_cross_entropy, chunked"] = supervised(torchs_own(chunks=True))
+    return methods
 
 
 def torchs_own(chunks: bool) -> Loss:
@@ -69,7 +69,7 @@ def torchs_own(chunks: bool) -> Loss:
 
 
 def step(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> float:
-    """Forward and backward; returns the nats, so that a wrong way would show."""
+    """Forward and backward; returns the nats, so that a wrong method is seen."""
     hidden.grad = None
     nats = loss(hidden, weight, labels)
     (nats / len(labels)).backward()
@@ -142,17 +142,17 @@ def main() -> None:
     weight = 0.02 * torch.randn(args.vocabulary, args.hidden, device=device, dtype=torch.bfloat16)
     labels = torch.randint(args.vocabulary, (args.tokens,), device=device)
     labels[torch.randperm(args.tokens, device=device)[args.supervised :]] = IGNORE
-    ways = contenders([int(rows) for rows in args.chunks.split(",")])
-    times = {name: milliseconds(args.repeat, way, hidden, weight, labels) for name, way in ways.items()}
+    methods = contenders([int(rows) for rows in args.chunks.split(",")])
+    times = {name: milliseconds(args.repeat, method, hidden, weight, labels) for name, method in methods.items()}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.supervised:,} of {args.tokens:,} tokens supervised, {name}, torch {torch.__version__}\n")
-    print("| way | ms, median (min - max) | extra memory, MB | nats a token |\n| --- | --- | --- | --- |")
-    for way, loss in ways.items():
+    print("| method | ms, median (min - max) | extra memory, MB | nats a token |\n| --- | --- | --- | --- |")
+    for method, loss in methods.items():
         nats = step(loss, hidden, weight, labels) / args.supervised  # and fills what is filled only once
         extra = extra_bytes(loss, hidden, weight, labels)
-        spread = f"{statistics.median(times[way]):.0f} ({min(times[way]):.0f} - {max(times[way]):.0f})"
+        spread = f"{statistics.median(times[method]):.0f} ({min(times[method]):.0f} - {max(times[method]):.0f})"
         memory = "not measured" if extra is None else f"{extra / 1e6:.0f}"
-        print(f"| {way} | {spread} | {memory} | {nats:.4f} |", flush=True)
+        print(f"| {method} | {spread} | {memory} | {nats:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

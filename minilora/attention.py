@@ -1,7 +1,7 @@
 """Causal attention over packed examples, through transformers' public attention registry.
 
-Training runs under the name PACKED: no mask is ever built, and the layout of the packed examples travels with the call.
-Everything else (generation with a cache, padded batches) runs under transformers' own "sdpa".
+Training uses the name PACKED: no mask is built, and the layout of the packed examples is an argument of the call.
+Everything else (generation with a cache, padded batches) uses transformers' own "sdpa".
 """
 
 import functools
@@ -72,7 +72,7 @@ def packed_attention(
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
-    """One masked softmax for each example, through PyTorch's SDPA: the oracle of the other two ways."""
+    """One masked softmax for each example, by PyTorch's SDPA; the other two implementations are tested against it."""
     outputs = []
     for tokens, sees_prefix in layout.parts():
         q, k, v = query[:, :, tokens], key[:, :, tokens], value[:, :, tokens]
@@ -134,7 +134,7 @@ class _Block(NamedTuple):
     value: Tensor
 
     def put(self, rows: Tensor, x: Tensor) -> None:
-        """`_rows` the other way round: write the block's rows into x."""
+        """The inverse of `_rows`: write the block's rows into x."""
         x.unflatten(1, (len(rows), -1))[self.queries] = rows.unflatten(1, (len(self.ahead), -1)).transpose(0, 1)
 
     def probabilities(self) -> Tensor:
@@ -229,7 +229,7 @@ def _key_order(layout: Layout, device: torch.device) -> Tensor | None:
 
 
 def forget_layouts() -> None:
-    """Let go of the last batches' tensors, which lie on the device."""
+    """Empty the two caches: they hold tensors of the last batches, which are on the device."""
     _varlen_layout.cache_clear()
     _key_order.cache_clear()
 
@@ -240,7 +240,7 @@ def _side_by_side(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 def no_mask(*_: Any, **__: Any) -> None:
-    """The mask function of PACKED: there is none to build."""
+    """The mask function of PACKED: it builds no mask."""
 
 
 def register() -> None:

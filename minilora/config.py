@@ -221,7 +221,7 @@ def problems(config: TrainConfig) -> list[str]:
         found.append(f"device = {config.device!r} is not one of auto, cpu, cuda, cuda:N.")
     if config.early_stopping_patience and not (config.eval_file or config.val_size):
         found.append("early_stopping_patience needs evaluations: give eval_file or val_size.")
-    found += flavour_problems(config)
+    found += variant_problems(config)
     if config.eval_samples and not (config.eval_file or config.val_size):
         found.append("eval_samples needs evaluations: give eval_file or val_size.")
     if config.fsdp and config.eval_samples:
@@ -235,8 +235,8 @@ def problems(config: TrainConfig) -> list[str]:
     return found
 
 
-def flavour_problems(config: TrainConfig) -> list[str]:
-    """Flavours of LoRA that do not go with the rest, one line each."""
+def variant_problems(config: TrainConfig) -> list[str]:
+    """Variants of LoRA that do not go with the rest, one line each."""
     found = []
     if config.method == "full":
         given = [name for name in LORA_ONLY if getattr(config, name) != FIELDS[name].default]

@@ -68,7 +68,7 @@ def head_weight(model: Any) -> Tensor:
 
 
 def speed_up(model: nn.Module, torch_compile: bool = False) -> None:
-    """Give every module that is known here its leaner forward; others keep their own.
+    """Replace the forward of every module that is known here by one that saves less; others keep their own.
 
     torch_compile: run their elementwise chains as kernels of torch.compile
     """
@@ -107,7 +107,7 @@ def _attention_forward(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Any]:
-    """Packed training takes the short way; everything else is the class's own forward."""
+    """Attention in packed training; every other call goes to the class's own forward."""
     if "layout" not in kwargs:
         return type(self).forward(
             self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs

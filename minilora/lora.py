@@ -38,7 +38,7 @@ Weights = tuple[Tensor, Tensor | None, Tensor, Tensor]  # W (out, in), b (out,),
 def plain_lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float
 ) -> Tensor:
-    """The formula itself, the oracle of `lora_linear`."""
+    """The formula itself; `lora_linear` is tested against it."""
     return F.linear(x, weight, bias) + plain_update(x, lora_A, lora_B, scale, dropout)
 
 
@@ -99,8 +99,8 @@ class LoRALinear(nn.Module):
     def weights(self) -> Weights:
         """W0, b, and an A and a B whose product is the update: those that are trained.
 
-        From PiSSA's start (A0, B0) the update is B A - B0 A0 = B (A - A0) + (B - B0) A0, a product of rank 2r: zero to
-        the bit at the start, without a rounded residual of W0, and good in bf16, where a difference of products is not.
+        From PiSSA's start (A0, B0) the update is B A - B0 A0 = B (A - A0) + (B - B0) A0, a product of rank 2r: exactly
+        zero at the start, without a rounded residual of W0, and good in bf16, where a difference of products is not.
         """
         base, A, B, A0, B0 = self.base_layer, self.lora_A, self.lora_B, self.lora_A0, self.lora_B0
         if A0 is None or B0 is None:
@@ -108,7 +108,7 @@ class LoRALinear(nn.Module):
         return base.weight, base.bias, torch.cat([A - A0, A0]), torch.cat([B, B - B0], 1)
 
     def _without_autograd(self, x: Tensor) -> Tensor:
-        """`lora_linear` to the bit, without what autograd costs: for a single token, a quarter of the layer's time."""
+        """`lora_linear` without autograd, equal bit for bit; it saves a quarter of the time of a single token."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weight, bias, A, B = self.weights()
@@ -142,10 +142,10 @@ def lora_linear(
 
 
 def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """What layers that read the same x make of it. (..., in) -> (..., out) of each
+    """The outputs of layers that read the same x. (..., in) -> (..., out) of each
 
-    LoRA layers of one kind are computed together, under one dropout mask, where each alone would draw its own: each
-    sees the same distribution, and x is masked, met with A and given its gradient once.
+    LoRA layers of one kind are computed together, under one dropout mask, where each alone would draw its own. Each
+    sees the same distribution; x is masked once, multiplied by A once, and gets its gradient once.
     """
     if not all(isinstance(layer, LoRALinear) and layer.enabled for layer in layers):
         return [layer(x) for layer in layers]
@@ -259,7 +259,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model answers as its base does."""
+    """Inside, the model computes what its base computes."""
     layers = lora_layers(model).values()
     before = [layer.enabled for layer in layers]
     try:

@@ -14,7 +14,7 @@ WIDE_ROWS = {"cpu": 8, "cuda": 256}  # of them in fp32; on the CPU as many as st
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The formula itself, the oracle of `token_loss`: sum over rows of -log softmax(hidden @ weight.T)[target].
+    """The formula itself; `token_loss` is tested against it: sum over rows of -log softmax(hidden @ weight.T)[target].
 
     hidden: (S, hidden), weight: (vocabulary, hidden), targets: (S,); returns nats, a scalar
     """

@@ -279,10 +279,10 @@ def save_random_adapter(module, folder: Path, base, targets, rank=4, alpha=8, pr
 
     how: seed and std of the values, rslora, dora
     """
-    identity, flavour = fingerprint.fingerprint(module), {key: how.get(key, False) for key in ("rslora", "dora")}
-    inject(module, targets, rank, alpha, 0.05, **flavour)
+    identity, variant = fingerprint.fingerprint(module), {key: how.get(key, False) for key in ("rslora", "dora")}
+    inject(module, targets, rank, alpha, 0.05, **variant)
     randomize_lora(module, how.get("seed", 1), how.get("std", 0.1))
-    settings = adapter_format.AdapterConfig(str(base), rank, alpha, 0.05, tuple(targets), **flavour)
+    settings = adapter_format.AdapterConfig(str(base), rank, alpha, 0.05, tuple(targets), **variant)
     adapter_format.save(folder, module, settings, {"base_fingerprint": identity, "system_prompt": prompt})
 
 

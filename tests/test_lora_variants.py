@@ -320,7 +320,7 @@ def test_a_rank_beyond_the_weights_directions_is_refused(make_config):
 
 # ---------------------------------------------------------------------------------------- whole runs
 
-FLAVOURS = {  # the first one saves a plain adapter, the last ones a converted one
+VARIANTS = {  # the first one saves a plain adapter, the last ones a converted one
     "lora+": {"loraplus_lr_ratio": 16.0},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True, "target_modules": ALL},
@@ -339,25 +339,25 @@ def start(make_config, monkeypatch, tmp_path):
 
 @pytest.fixture
 def trained(make_config, tmp_path):
-    """A function: the adapter folder of a short run in a flavour, and the run's summary."""
+    """A function: the adapter folder of a short run in a variant, and the run's summary."""
 
     def trained(name, **keys):
-        config = make_config(**({"max_steps": 2, "lora_r": 4, "lora_alpha": 10} | FLAVOURS[name] | keys))
+        config = make_config(**({"max_steps": 2, "lora_r": 4, "lora_alpha": 10} | VARIANTS[name] | keys))
         return tmp_path / "run" / "adapter", loop.train(config)
 
     return trained
 
 
-@pytest.mark.parametrize("name", FLAVOURS)
-def test_the_memory_of_each_flavour_is_predicted(name, make_config, monkeypatch):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_memory_of_each_variant_is_predicted(name, make_config, monkeypatch):
     """Shapes without weights go through it, too."""
     monkeypatch.setattr(setup, "choose_cut", memory_estimate.choose_cut)
     with StopRequest() as stop, ExitStack() as held:
-        assert prepare(make_config(**FLAVOURS[name]), stop, held).predicted_peak_bytes is not None
+        assert prepare(make_config(**VARIANTS[name]), stop, held).predicted_peak_bytes is not None
 
 
-@pytest.mark.parametrize("name", FLAVOURS)
-def test_each_flavour_is_the_same_function_wherever_it_goes(name, trained, load_tiny, tmp_path):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_each_variant_is_the_same_function_wherever_it_goes(name, trained, load_tiny, tmp_path):
     """Reloaded after training, in PEFT, merged, exported: golden, on the original base."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -437,7 +437,7 @@ def test_a_dora_adapter_without_its_magnitudes_is_refused(load_tiny, tmp_path):
     assert not lora_layers(model)
 
 
-def test_adapters_of_several_flavours_are_switched(load_tiny, tiny_folder, tmp_path):
+def test_adapters_of_several_variants_are_switched(load_tiny, tiny_folder, tmp_path):
     """A layer that DoRA has given magnitudes loses them with the next adapter, and gets them back."""
     expected, several = {}, Adapters(load_tiny())
     for seed, (name, dora) in enumerate({"plain": False, "dora": True, "other": False}.items()):
@@ -474,7 +474,7 @@ def test_activations_computed_again_change_nothing(load_tiny, make_config):
 
 def test_a_resumed_run_goes_on_to_the_bit(make_config, tmp_path, monkeypatch):
     """Also where the machine would find other singular vectors than the one that began: the start is saved."""
-    keys = FLAVOURS["pissa-dora"] | {"lora_dropout": 0.1, "max_steps": 3, "save_steps": 2, "save_total_limit": 0}
+    keys = VARIANTS["pissa-dora"] | {"lora_dropout": 0.1, "max_steps": 3, "save_steps": 2, "save_total_limit": 0}
     loop.train(make_config(**keys))
     original = tmp_path / "run"
     folder = tmp_path / "again"
@@ -518,13 +518,13 @@ def peft_adapter(folder, model, steps=1, **keys):
     return theirs
 
 
-@pytest.mark.parametrize("flavour", [{}, {"use_dora": True, "use_rslora": True}], ids=["lora", "dora-rs"])
-def test_from_peft_to_here_and_back(flavour, start, make_config, load_tiny, tmp_path):
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True, "use_rslora": True}], ids=["lora", "dora-rs"])
+def test_from_peft_to_here_and_back(variant, start, make_config, load_tiny, tmp_path):
     """A run begins with the adapter to the bit and goes on, and PEFT agrees with what comes out."""
     from peft import PeftModel
 
-    theirs = peft_adapter(tmp_path / "theirs", load_tiny(), **flavour)
-    keys = {"adapter": str(tmp_path / "theirs"), "lora_r": 4, "lora_alpha": 10, "max_steps": 2} | flavour
+    theirs = peft_adapter(tmp_path / "theirs", load_tiny(), **variant)
+    keys = {"adapter": str(tmp_path / "theirs"), "lora_r": 4, "lora_alpha": 10, "max_steps": 2} | variant
     begun = load_file(tmp_path / "theirs" / adapter_format.WEIGHTS)
     found = adapter_format.tensors(
         start(**keys, output_dir="begun").model, adapter_format.read_config(tmp_path / "theirs").scale
@@ -558,7 +558,7 @@ def argv(make_config, tmp_path):
 
 
 def test_what_is_not_given_is_the_adapters(argv, load_tiny, tiny_folder, tmp_path, capsys):
-    """Shape, flavour, base and system prompt, over those of the preset; dropout and rate are the run's."""
+    """Shape, variant, base and system prompt, over those of the preset; dropout and rate are the run's."""
     peft_adapter(tmp_path / "theirs", load_tiny(), use_dora=True, target_modules=["v_proj", "up_proj"], lora_alpha=6)
     tensors = load_file(tmp_path / "theirs" / adapter_format.WEIGHTS)
     save_file(tensors, tmp_path / "theirs" / adapter_format.WEIGHTS, {"format": "pt", "system_prompt": "Be brief."})
@@ -657,7 +657,7 @@ def test_a_run_that_went_on_is_resumed_without_the_adapter(make_config, load_tin
     [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"loraplus_lr_ratio": 4.0}, {"use_rslora": True}],
     ids=lambda keys: next(iter(keys)),
 )
-def test_flavours_belong_to_lora(keys, make_config):
+def test_variants_belong_to_lora(keys, make_config):
     make_config(**keys)
     ((name, value),) = keys.items()
     with pytest.raises(ConfigError, match=f"{name} = {value!r} needs method = lora"):

@@ -34,13 +34,13 @@ def in_words(config: TrainConfig) -> str:
     """What is trained, for the header."""
     if config.method == "full":
         return "every weight, fp32 masters"
-    flavours = {
+    variants = {
         "rsLoRA": config.use_rslora,
         "DoRA": config.use_dora,
         "PiSSA": config.init_lora_weights == "pissa",
         f"LoRA+ {config.loraplus_lr_ratio:g}": config.loraplus_lr_ratio != 1,
     }
-    chosen = "".join(f", {name}" for name, on in flavours.items() if on)
+    chosen = "".join(f", {name}" for name, on in variants.items() if on)
     shape = f"r {config.lora_r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}{chosen}"
     held = f", the base in {config.base_bits} bits" if config.base_bits else ""
     return f"{shape} on {', '.join(config.target_modules)}{held}"

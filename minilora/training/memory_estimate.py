@@ -1,7 +1,7 @@
-"""What a run will need of memory, before it starts: one optimizer step of it, run on fake tensors.
+"""Predicts the memory of a run before it starts: one optimizer step runs on fake tensors.
 
-The step runs with 2 and with 3 layers, for a second or less. The first layer is not like the others (nothing below it
-wants a gradient), the others are all alike, so every further one adds what the third did.
+The step runs with 2 layers and with 3 layers, which takes a second or less. The first layer differs from the others
+(nothing below it needs a gradient). The others are equal, so each further layer adds as much as the third did.
 """
 
 import dataclasses
@@ -228,7 +228,7 @@ def choose_cut(
     """The cut that was asked for, else (asked: 0) the largest up to `most` tokens predicted to fit into `free` bytes.
 
     Activations are computed again only where that was asked for, or left open and not even one example fits without.
-    A prediction that fails is said in the notes and stops no run.
+    A prediction that fails becomes a note; the run goes on.
     """
     try:
         return fitting_cut(setup, dataset, schedule, asked, most, free * USABLE)

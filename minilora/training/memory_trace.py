@@ -1,11 +1,11 @@
-"""Following what a step allocates and computes, operation by operation, on fake tensors.
+"""Counts what a step allocates and computes, operation by operation, on fake tensors.
 
-Torch's FakeTensorMode knows shapes but holds no numbers: a step of any model runs in seconds and without memory, and
-its figures are the same on every machine. What a kernel allocates for itself and gives back before it returns is not
-seen.
+Torch's fake tensors have shapes but no numbers: a step of any model runs in seconds and needs no memory, and its
+figures are the same on every machine. Memory that a kernel allocates and frees before it returns is not counted.
 """
 
 import functools
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -44,13 +44,13 @@ class Watch(TorchDispatchMode):
         return max(self.peaks_bytes)
 
     def mark(self) -> None:
-        """Begin a new stretch of `peaks_bytes`."""
+        """From here on, the next peak of `peaks_bytes` is measured."""
         self.peaks_bytes.append(self.alive_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not made:  # a question about device or dtype: real tensors answer it without a dispatch
+        if not made:  # it asks for a device or a dtype: with real tensors this is no operation
             return out
         self.operations += 1
         self.names[func.overloadpacket.__name__] += 1
@@ -114,22 +114,28 @@ def to_fake(model: nn.Module) -> None:
 
 @contextmanager
 def as_on(device_type: str) -> Iterator[None]:
-    """Inside, fake tensors on the CPU take the ways through minilora that real ones take on cpu or cuda.
+    """Inside, fake tensors on the CPU run the code that real ones run on `device_type`: cpu or cuda.
 
-    CUDA tensors cannot even be faked without a CUDA build of torch, so the places that look at the device are named
-    here. On the CPU only dropout differs: how many elements it drops is drawn, here it is as many as are expected.
+    Without a CUDA build of torch there are no fake CUDA tensors either, so this function replaces each place that looks
+    at the device. On the CPU only dropout differs: the number of dropped elements is the expected one, not drawn.
     """
     caches = {"_varlen_layout": attention._varlen_layout, "_key_order": attention._key_order}
     own = {name: functools.lru_cache(maxsize=2)(cached.__wrapped__) for name, cached in caches.items()}
     with ExitStack() as held:
-        held.enter_context(patched(attention, **own))  # no fakes in the real ones, and none of theirs here
+        held.enter_context(patched(attention, **own))  # the real caches get no fake tensors, and give none
         if device_type == "cpu":
             held.enter_context(patched(lora, draw_dropped=expected_positions))
         else:
             held.enter_context(patched(lora, draw_dropped=dropped_mask))
             held.enter_context(patched(loss, WIDE_ROWS=dict.fromkeys(loss.WIDE_ROWS, loss.WIDE_ROWS["cuda"])))
             held.enter_context(patched(decoder, packed_attention=varlen))
-        yield
+        try:
+            yield
+        except BaseException as error:
+            # In torch 2.11 the hooks of a checkpoint that fails live as long as its frame, and take over what every
+            # later operation saves for its backward pass: whoever keeps this error would break the training.
+            traceback.clear_frames(error.__traceback__)
+            raise
 
 
 @contextmanager

@@ -303,7 +303,7 @@ def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:
 def adapter_to_go_on(config: TrainConfig) -> Path | None:
     """The folder of the adapter that a run begins with, if it does.
 
-    Raises ConfigError when that is not of the shape and flavour that the settings say, AdapterError when it is none.
+    Raises ConfigError when that is not of the shape and variant that the settings say, AdapterError when it is none.
     """
     if config.adapter is None:
         return None

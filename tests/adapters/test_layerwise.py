@@ -28,9 +28,9 @@ def test_a_base_as_the_whole_model(tiny_folder, load_tiny):
     torch.testing.assert_close(layerwise.layerwise_logits(tiny_folder, IDS), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("flavour", [{}, {"rslora": True}, {"dora": True}])
-def test_an_adapter_as_on_the_whole_model(tiny_folder, load_tiny, adapted, flavour):
-    folder, model = adapted(**flavour)
+@pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"dora": True}])
+def test_an_adapter_as_on_the_whole_model(tiny_folder, load_tiny, adapted, variant):
+    folder, model = adapted(**variant)
     config, updates = adapter_format.read(load_tiny(), folder, adapter_format.read_metadata(folder)["base_fingerprint"])
     found = layerwise.layerwise_logits(tiny_folder, IDS, config, updates)
     torch.testing.assert_close(found, probe_logits(model, IDS), rtol=0, atol=1e-5)

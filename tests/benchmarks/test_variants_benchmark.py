@@ -1,37 +1,37 @@
-"""benchmarks/flavours.py: what it refuses, its table, and one flavour through its two jobs."""
+"""benchmarks/variants.py: what it refuses, its table, and one variant through its two jobs."""
 
 import json
 
 import pytest
 from conftest import write_jsonl
 
-from benchmarks import flavours
+from benchmarks import variants
 from minilora.lora import LoRALinear
 
 
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--flavours", "lora,lore"],
+        ["--variants", "lora,lore"],
         ["--steps", "0"],
         ["--held_out", "0"],
         ["--examples", "many"],
         ["--model", "nowhere"],
         ["--train_file", "nowhere.jsonl"],
         ["--flags", "[]"],
-        ["--out", "nowhere/flavours.json"],
+        ["--out", "nowhere/variants.json"],
         ["--held_out", "100000"],
         ["--nonsense"],
     ],
 )
 def test_bad_arguments_are_one_line(argv, capsys):
     with pytest.raises(SystemExit) as refused:
-        flavours.main(argv)
+        variants.main(argv)
     assert refused.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_flavour_is_trained_and_compared_with_peft(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_a_variant_is_trained_and_compared_with_peft(tiny_folder, tmp_path, monkeypatch, capsys):
     """Both jobs, here in one process; an adapter that one of the two does not apply would be noticed."""
     without = []
 
@@ -39,15 +39,15 @@ def test_a_flavour_is_trained_and_compared_with_peft(tiny_folder, tmp_path, monk
         if job == "compare":
             with monkeypatch.context() as patch:
                 patch.setattr(LoRALinear, "forward", lambda self, x: self.base_layer(x))
-                without.append(flavours.compare_one(keys)["max_logit_difference"])
-        return flavours.JOBS[job](keys)
+                without.append(variants.compare_one(keys)["max_logit_difference"])
+        return variants.JOBS[job](keys)
 
-    monkeypatch.setattr(flavours, "in_a_process", here)
+    monkeypatch.setattr(variants, "in_a_process", here)
     rows = write_jsonl(tmp_path / "rows.jsonl", 12)
-    out = tmp_path / "flavours.json"
-    argv = ["--model", str(tiny_folder), "--train_file", str(rows), "--flavours", "pissa", "--steps", "2"]
+    out = tmp_path / "variants.json"
+    argv = ["--model", str(tiny_folder), "--train_file", str(rows), "--variants", "pissa", "--steps", "2"]
     argv += ["--examples", "4", "--held_out", "3", "--out", str(out), "--device", "cpu"]
-    assert flavours.main([*argv, "--flags", '{"dtype": "float32", "learning_rate": 0.01}']) == 0
+    assert variants.main([*argv, "--flags", '{"dtype": "float32", "learning_rate": 0.01}']) == 0
     said = capsys.readouterr().out
     result = json.loads(out.read_text())["results"]["pissa"]
     assert result["last_eval_loss"] < result["first_eval_loss"]
@@ -66,13 +66,13 @@ def test_what_fails_stops_no_other_and_is_told(tmp_path, monkeypatch, capsys):
         "qlora": {"failed": "no | room"},
         "full": good,
     }
-    monkeypatch.setattr(flavours.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(flavours, "measure", lambda keys: of[keys["output_dir"].rpartition("/")[2]])
-    argv = ["--flavours", ",".join(of), "--out", str(tmp_path / "x.json")]
-    assert flavours.main(argv) == 1
+    monkeypatch.setattr(variants.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(variants, "measure", lambda keys: of[keys["output_dir"].rpartition("/")[2]])
+    argv = ["--variants", ",".join(of), "--out", str(tmp_path / "x.json")]
+    assert variants.main(argv) == 1
     said = capsys.readouterr().out
     assert "| lora | 2.0000 | 1.5000 | 2.1000 | 1.6000 | 2.00 | 150.0 | 10 | 2.0 | 2.0e-05 |" in said
     assert "| 2.0 | failed: no / such key |" in said
     assert "| qlora | failed: no / room |" in said
     assert "| full | 2.0000 | 1.5000 | 2.1000 | 1.6000 | 2.00 | 150.0 | 10 | 2.0 | no adapter |" in said
-    assert [name for name, result in of.items() if not flavours.is_good(result)] == ["dora", "pissa", "qlora"]
+    assert [name for name, result in of.items() if not variants.is_good(result)] == ["dora", "pissa", "qlora"]

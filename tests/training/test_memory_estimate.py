@@ -19,7 +19,7 @@ from minilora.config import TrainConfig
 from minilora.data.dataset import Dataset
 from minilora.data.sampler import make_schedule
 from minilora.errors import ConfigError
-from minilora.training import memory_estimate
+from minilora.training import memory_estimate, memory_trace
 from minilora.training.memory_estimate import STRETCHES, Memory, Setup, choose_cut, largest_batch, step_memory
 from minilora.training.memory_trace import Watch
 from minilora.training.setup import prepare
@@ -121,6 +121,21 @@ def test_random_numbers_and_modules_are_as_before(tiny_folder):
     for device_type in ("cpu", "cuda"):
         step_memory(make_setup(tiny_folder, device_type), collate(random_examples([20])), 2)
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_step_that_fails_leaves_autograd_as_it_was(tiny_folder, monkeypatch):
+    """In torch 2.11 a checkpoint's hooks stayed, and training went on with fake tensors among real ones."""
+
+    def broken(*_, **__):
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr(memory_trace, "varlen", broken)
+    with pytest.raises(TypeError) as kept:  # the frames live as long as the error does
+        step_memory(make_setup(tiny_folder, "cuda", checkpointing=True), collate(random_examples([20])), 2)
+    x = torch.ones(2, requires_grad=True)
+    (x * x).sum().backward()
+    assert torch.equal(x.grad, torch.full((2,), 2.0))
+    assert "no such argument" in str(kept.value)
 
 
 def test_the_largest_micro_batch_is_that_of_the_run(tiny_folder):

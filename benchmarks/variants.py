@@ -1,13 +1,13 @@
-"""Every flavour of training side by side: the same steps on the same rows, each in a process of its own.
+"""Every variant of training side by side: the same steps on the same rows, each in a process of its own.
 
-    python -m benchmarks.flavours --model FOLDER --train_file rows.jsonl --steps 20
+    python -m benchmarks.variants --model FOLDER --train_file rows.jsonl --steps 20
 
 lora, rslora, dora, lora+ (ratio 16), pissa, qlora (4 bit; where bitsandbytes is installed) and full (every weight, at a
 tenth of the rate), r 8, alpha 32, dropout 0.05 on q/k/v/o. The first rows are trained on, the --held_out rows after
 them are what "held-out" is computed on, before and after. Then, in another process, the adapter is loaded on the base
 in fp32 by peft and by minilora, and their logits on a held-out row are compared. Peak memory is that of training: on a
 CPU the process's resident memory, the interpreter's included. Prints one table and writes all figures to --out. Exit
-code 1: a flavour failed, or peft computes other logits; 2: bad arguments.
+code 1: a variant failed, or peft computes other logits; 2: bad arguments.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.common import Result, parser_of, refuse, row
 
-FLAVOURS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
@@ -37,25 +37,25 @@ FULL_RATE = 0.1  # of the others' learning rate
 MAX_DIFFERENCE = 1e-4  # of logits in fp32, between peft and minilora
 COMPARED_TOKENS = 128
 HEAD = (
-    *("flavour", "loss, first step", "loss, last step", "held-out before", "held-out after", "peak memory GiB"),
+    *("variant", "loss, first step", "loss, last step", "held-out before", "held-out after", "peak memory GiB"),
     *("tokens/s", "trained parameters", "result MB", "largest logit difference in peft"),
 )
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line; what cannot be obeyed is refused here."""
-    parser = parser_of("flavours", __doc__)
-    parser.add_argument("--flavours", default=",".join(FLAVOURS), help=f"of {', '.join(FLAVOURS)}")
+    parser = parser_of("variants", __doc__)
+    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
     parser.add_argument("--examples", type=int, default=8, help="of an optimizer step")
     parser.add_argument("--held_out", type=int, default=32, help="rows after those that are trained on")
     parser.add_argument("--learning_rate", type=float, default=1e-4)
-    parser.add_argument("--job", help=argparse.SUPPRESS)  # the process that trains or compares one flavour
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # the process that trains or compares one variant
     args = parser.parse_args(argv)
-    args.flavours = list(dict.fromkeys(args.flavours.split(",")))
-    unknown = [name for name in args.flavours if name not in FLAVOURS]
+    args.variants = list(dict.fromkeys(args.variants.split(",")))
+    unknown = [name for name in args.variants if name not in VARIANTS]
     refusals = {
-        f"--flavours: {', '.join(unknown)}: there are {', '.join(FLAVOURS)}": bool(unknown),
+        f"--variants: {', '.join(unknown)}: there are {', '.join(VARIANTS)}": bool(unknown),
         "--steps, --examples and --held_out must be at least 1": min(args.steps, args.examples, args.held_out) < 1,
     }
     refuse(parser, args, refusals)
@@ -67,7 +67,7 @@ def split_rows(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     lines = [line for line in Path(args.train_file).read_bytes().split(b"\n") if line.strip()]
     wanted = args.steps * args.examples
     if len(lines) <= args.held_out:
-        print(f"flavours: --train_file has {len(lines)} rows, --held_out takes {args.held_out}", file=sys.stderr)
+        print(f"variants: --train_file has {len(lines)} rows, --held_out takes {args.held_out}", file=sys.stderr)
         raise SystemExit(2)
     wanted = min(wanted, len(lines) - args.held_out)  # fewer: several passes over them
     train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
@@ -76,17 +76,17 @@ def split_rows(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     return train, held_out
 
 
-def keys_of(flavour: str, args: argparse.Namespace, rows: tuple[Path, Path], folder: Path) -> Result:
-    """The keys of a flavour's run."""
-    rate = args.learning_rate * (FULL_RATE if flavour == "full" else 1)
+def keys_of(variant: str, args: argparse.Namespace, rows: tuple[Path, Path], folder: Path) -> Result:
+    """The keys of a variant's run."""
+    rate = args.learning_rate * (FULL_RATE if variant == "full" else 1)
     keys = {"model": args.model, "device": args.device, "max_steps": args.steps, "eval_steps": args.steps}
-    keys |= {"train_file": str(rows[0]), "eval_file": str(rows[1]), "output_dir": str(folder / flavour)}
+    keys |= {"train_file": str(rows[0]), "eval_file": str(rows[1]), "output_dir": str(folder / variant)}
     keys |= {"per_device_train_batch_size": args.examples, "gradient_accumulation_steps": 1, "learning_rate": rate}
-    return keys | FLAVOURS[flavour] | json.loads(args.flags)
+    return keys | VARIANTS[variant] | json.loads(args.flags)
 
 
 def train_one(keys: Result) -> Result:
-    """Train one flavour in this process, and say how it went."""
+    """Train one variant in this process, and say how it went."""
     from minilora import loop
     from minilora.config import resolve
     from minilora.inference import generate
@@ -132,11 +132,11 @@ JOBS = {"train": train_one, "compare": compare_one}
 
 def in_a_process(job: str, keys: Result) -> Result:
     """A job in a process of its own."""
-    return common.in_a_process("flavours", "--job", [job, keys])
+    return common.in_a_process("variants", "--job", [job, keys])
 
 
 def measure(keys: Result) -> Result:
-    """Train a flavour; where an adapter comes out, see what peft makes of it."""
+    """Train a variant; where an adapter comes out, see what peft makes of it."""
     found = in_a_process("train", keys)
     if "adapter" not in found:
         return found
@@ -152,40 +152,40 @@ def difference_of(result: Result) -> str:
 
 
 def table(found: dict[str, Result]) -> str:
-    """All flavours as Markdown."""
+    """All variants as Markdown."""
     lines = [row(HEAD), row(("---",) * len(HEAD))]
-    for flavour, result in found.items():
+    for variant, result in found.items():
         if "failed" in result:
-            lines.append(row((flavour, f"failed: {result['failed']}", *("",) * (len(HEAD) - 2))))
+            lines.append(row((variant, f"failed: {result['failed']}", *("",) * (len(HEAD) - 2))))
             continue
         losses = (result[key] for key in ("first_loss", "last_loss", "first_eval_loss", "last_eval_loss"))
-        cells = [flavour, *(f"{loss:.4f}" for loss in losses), f"{result['peak_memory_bytes'] / 2**30:.2f}"]
+        cells = [variant, *(f"{loss:.4f}" for loss in losses), f"{result['peak_memory_bytes'] / 2**30:.2f}"]
         cells += [f"{result['tokens_per_second']:,.1f}", f"{result['trainable_parameters']:,}"]
         lines.append(row((*cells, f"{result['result_bytes'] / 1e6:,.1f}", difference_of(result))))
     return "\n".join(lines)
 
 
 def is_good(result: Result) -> bool:
-    """Whether a flavour was trained and peft computes the same."""
+    """Whether a variant was trained and peft computes the same."""
     return not {"failed", "failed_in_peft"} & set(result) and result.get("max_logit_difference", 0) <= MAX_DIFFERENCE
 
 
 def main(argv: list[str]) -> int:
-    """Measure every flavour in turn; or, for --job, do this one."""
+    """Measure every variant in turn; or, for --job, do this one."""
     args = parse(argv)
     if args.job:
         job, keys = json.loads(args.job)
         args.out.write_text(json.dumps(JOBS[job](keys)), "utf-8")
         return 0
-    if "qlora" in args.flavours and importlib.util.find_spec("bitsandbytes") is None:
-        args.flavours.remove("qlora")
+    if "qlora" in args.variants and importlib.util.find_spec("bitsandbytes") is None:
+        args.variants.remove("qlora")
         print("qlora: left out, bitsandbytes is not installed", flush=True)
     found = {}
     with tempfile.TemporaryDirectory() as name:
         rows = split_rows(args, Path(name))
-        for flavour in args.flavours:
-            found[flavour] = measure(keys_of(flavour, args, rows, Path(name)))
-            print(f"{flavour}: {found[flavour].get('failed', 'done')}", flush=True)
+        for variant in args.variants:
+            found[variant] = measure(keys_of(variant, args, rows, Path(name)))
+            print(f"{variant}: {found[variant].get('failed', 'done')}", flush=True)
     about = {name: metadata.version(name) for name in ("torch", "transformers", "peft")} | {"cores": os.cpu_count()}
     about |= {"date": datetime.now(UTC).isoformat(timespec="minutes"), "arguments": argv}
     results = {"about": about, "results": found}
