@@ -8,7 +8,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -197,13 +197,18 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: fl
     longest_q = max(layout.prefix, layout.padding, *layout.lengths)
     longest_k = max(layout.prefix + max(layout.lengths), layout.padding)
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if _takes_grouped_queries(varlen_attn):
         options["enable_gqa"] = True
     else:  # torch 2.11 has no grouped queries here: each query head gets its own copy of its key head
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out = varlen_attn(q, k, v, queries, seen, longest_q, longest_k, **options)
     assert isinstance(out, Tensor)
     return out[None]
+
+
+@functools.cache  # asked in every layer
+def _takes_grouped_queries(varlen_attn: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 @functools.lru_cache(maxsize=2)

@@ -224,6 +224,18 @@ def source_of_bare_call() -> str:
     return "demo"
 
 
+def base_flag(parser: Parser) -> None:
+    """--model beside --adapter."""
+    text = "name on the hub, or folder, of the base; replaces the one that the adapter names"
+    parser.add_argument("--model", metavar="NAME", help=text)
+
+
+def other_base_flag(parser: Parser) -> None:
+    """--allow_other_base."""
+    text = "accept a base that the adapter was not trained on"
+    parser.add_argument("--allow_other_base", action="store_true", help=text)
+
+
 def model_flags(parser: Parser, several: bool = False) -> None:
     """The flags that say which model, and how it is loaded."""
     if several:
@@ -231,14 +243,8 @@ def model_flags(parser: Parser, several: bool = False) -> None:
         parser.add_argument("--adapter", metavar="[NAME=]DIR", action="append", default=[], help=text)
     else:
         parser.add_argument("--adapter", metavar="DIR", help="adapter folder; it names its base")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="name on the hub, or folder, of the base; replaces the one that the adapter names",
-    )
-    parser.add_argument(
-        "--allow_other_base", action="store_true", help="accept a base that the adapter was not trained on"
-    )
+    base_flag(parser)
+    other_base_flag(parser)
     parser.add_argument(
         "--system_prompt", metavar="TEXT", help="system turn; default: the one that the adapter was trained with"
     )
@@ -424,15 +430,9 @@ def merge_command(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; it names its base")
     parser.add_argument("--output_dir", metavar="DIR", required=True, help="new folder for the merged model")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="name on the hub, or folder, of the base; replaces the one that the adapter names",
-    )
+    base_flag(parser)
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), default="auto")
-    parser.add_argument(
-        "--allow_other_base", action="store_true", help="accept a base that the adapter was not trained on"
-    )
+    other_base_flag(parser)
     args = parser.parse(argv)
 
     from minilora.adapters.merge import merge
@@ -484,11 +484,7 @@ def verify_command(argv: Sequence[str]) -> int:
         "Check that an adapter is complete and finite, fits its base, and gives the same results when merged.",
     )
     parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; it names its base")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="name on the hub, or folder, of the base; replaces the one that the adapter names",
-    )
+    base_flag(parser)
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     args = parser.parse(argv)
 

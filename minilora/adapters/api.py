@@ -12,8 +12,8 @@ from torch import nn
 
 from minilora.adapters import format as adapter_format
 from minilora.adapters.format import AdapterConfig, save_folder
-from minilora.config import TrainConfig, expand_targets
-from minilora.errors import AdapterError, ConfigError
+from minilora.config import TrainConfig
+from minilora.errors import AdapterError
 from minilora.lora import inject, is_quantised, lora_layers
 from minilora.models.fingerprint import fingerprint
 from minilora.utils import files
@@ -36,12 +36,8 @@ def add_adapter(
     Raises ConfigError for values that cannot be, AdapterError when there is an adapter on the model.
     """
     _refuse_second(model)
-    try:
-        targets = expand_targets([target_modules] if isinstance(target_modules, str) else target_modules)
-    except ValueError as error:
-        raise ConfigError(f"target_modules = {target_modules!r} {error}.") from error
     checked = TrainConfig(
-        target_modules=targets,
+        target_modules=target_modules,  # type: ignore[arg-type]  # a text is read, too
         lora_r=lora_r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -50,10 +46,10 @@ def add_adapter(
         seed=seed,
     )
     shape = (checked.lora_r, checked.lora_alpha, checked.lora_dropout)
-    inject(model, targets, *shape, checked.use_rslora, checked.seed, checked.use_dora)
+    inject(model, checked.target_modules, *shape, checked.use_rslora, checked.seed, checked.use_dora)
     _in_step(model)
     name = getattr(model, "name_or_path", "") or ""
-    return AdapterConfig(name, *shape, targets, checked.use_rslora, checked.use_dora)
+    return AdapterConfig(name, *shape, checked.target_modules, checked.use_rslora, checked.use_dora)
 
 
 def load_adapter(model: Any, folder: str | Path, allow_other_base: bool = False) -> AdapterConfig:

@@ -23,6 +23,9 @@ from minilora.utils import files
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 MAX_HEADER_BYTES = 2 * 2**20
+MERGE_IN_PEFT = (
+    "Merge it into its base with PEFT (merge_and_unload, then save_pretrained), and give the result as --model."
+)
 # What PEFT's LoraConfig can say and this library cannot represent: any value but these is refused by name.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -180,11 +183,6 @@ def read_config(folder: Path) -> AdapterConfig:
         dora=raw.get("use_dora") or False,
         pattern="" if plain else shown(targets),
     )
-
-
-MERGE_IN_PEFT = (
-    "Merge it into its base with PEFT (merge_and_unload, then save_pretrained), and give the result as --model."
-)
 
 
 def shown(value: Any) -> str:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 MAX_PROBLEMS_SHOWN = 50
-
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

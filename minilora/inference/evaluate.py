@@ -28,7 +28,7 @@ from minilora.loss import CHUNK_ROWS
 from minilora.models.load import find_model
 from minilora.models.trained import trained_system_prompt
 from minilora.utils import files
-from minilora.utils.device import free_cached, is_out_of_memory
+from minilora.utils.device import autocast, free_cached, is_out_of_memory
 
 ANSWER_MARGIN = 16  # tokens that an answer may have beyond the longest reference
 MAX_LOSS = 700.0  # nats; exp of more overflows, and no working model has it
@@ -57,6 +57,7 @@ class Evaluation:
     tokens: int
     supervised_tokens: int
     answered: int  # rows whose answers were compared with the reference
+    too_long: int  # rows that leave no room for an answer, and are not among these
     scores: dict[str, Scores]
 
 
@@ -137,6 +138,7 @@ def evaluate(request: Request) -> Evaluation:
         tokens=int(dataset.lengths.sum()),
         supervised_tokens=int(dataset.counts.sum()),
         answered=len(asked),
+        too_long=len(too_long),
         scores=scores,
     )
 
@@ -191,7 +193,7 @@ def _totals(model: Any, dataset: Dataset, max_tokens: int, what: str) -> tuple[f
         for group in dataset.groups():
             for batch in micro_batches(group, max_tokens, share_prefix=device.type == "cpu"):
                 batch = batch.to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                with autocast(device, dtype):
                     batch_nats, batch_correct = token_scores(
                         hidden_states(model, batch), head_weight(model), batch.targets
                     )
@@ -263,6 +265,7 @@ def table(evaluation: Evaluation) -> str:
         )
     cut = f", {evaluation.truncated:,} rows cut to --max_length" if evaluation.truncated else ""
     cut += f", {evaluation.bad_rows:,} bad rows left out" if evaluation.bad_rows else ""
+    cut += f", {evaluation.too_long:,} rows too long to be answered" if evaluation.too_long else ""
     lines = [f"{evaluation.examples:,} rows, {evaluation.supervised_tokens:,} supervised tokens{cut}"]
     lines.append(" " * 8 + "".join(f"  {head:>14}" for head in columns))
     for name, scores in evaluation.scores.items():

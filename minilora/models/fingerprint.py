@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 
 SAMPLES_PER_TENSOR = 64
+SHAPE_KEYS = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "hidden_act"),
+)
+SCALED_FROM_LENGTH = ("llama3", "yarn", "longrope")  # these need the length that the model was first trained on
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -28,13 +33,6 @@ def fingerprint(model: nn.Module) -> str:
         return known
     config = getattr(model, "config_json", None) or model.config.to_dict()  # type: ignore[operator, union-attr]
     return fingerprint_of(config, base_tensors(model))
-
-
-SHAPE_KEYS = (
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "rope_parameters", "hidden_act"),
-)
-SCALED_FROM_LENGTH = ("llama3", "yarn", "longrope")  # these need the length that the model was first trained on
 
 
 def shape_words(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,9 +54,7 @@ def finish(run: Run, stop_reason: str) -> Summary:
     save_result(run, result)
     run.saved_result = result
     world = run.world
-    world.run_on_main(
-        lambda: checkpoint.remove_abandoned(run.folder, run.state)
-    )  # it ends here, whatever it went back from
+    world.run_on_main(lambda: checkpoint.remove_abandoned(run.folder, run.state))  # this state is the run's last
     with run.stop.interruptible() if world.main else nullcontext():  # the rest only looks at what is saved
         counts = parameter_counts(run.model)
         reference = _logits_as_saved(run) if world.main or world.sharded else None
@@ -145,9 +143,6 @@ def _report(run: Run, summary: Summary) -> None:
         say("  tuned", sample["tuned"].replace("\n", " "))
     result = run.folder / summary.result
     say("done", f"{summary.stop_reason} after {summary.steps:,} steps, {summary.seconds:.1f} s in training steps")
-    if run.state.step == run.first_step:
-        more = "a larger --max_steps or --num_train_epochs"
-        say("", f"no step was left to train: all {summary.steps:,} steps of this run were done before; give {more}")
     say("speed", f"{summary.tokens_per_second:,.0f} tokens/s over {summary.tokens:,} real tokens")
     if summary.first_loss is not None and summary.last_loss is not None:
         say("loss", f"{summary.first_loss:.4f} -> {summary.last_loss:.4f} nats per supervised token")

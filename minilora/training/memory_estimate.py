@@ -28,7 +28,7 @@ from minilora.models.load import empty_model, num_layers
 from minilora.models.trainable import make_trainable
 from minilora.optim import make_optimizer
 from minilora.training.memory_trace import Watch, as_on, to_fake
-from minilora.utils.device import gib
+from minilora.utils.device import autocast, gib
 
 LAYERS = (2, 3)
 STRETCHES = ("forward", "loss", "loss's backward", "backward", "first layer's backward", "update")  # each has its peak
@@ -119,7 +119,7 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
         gradients = [param.grad for param in trained if param.grad is not None]
         there = [*model.parameters(), *model.buffers(), *moments, *gradients, *fakes.values()]
         with packed(model), Watch(there) as watch, marked_at_first_layer(model, watch):
-            with torch.autocast("cpu", torch.bfloat16, enabled=setup.dtype == torch.bfloat16):
+            with autocast(torch.device("cpu"), setup.dtype):
                 hidden = hidden_states(model, batch, config.neftune_noise_alpha)
                 hidden.register_hook(lambda _: watch.mark())
                 watch.mark()

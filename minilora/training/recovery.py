@@ -43,9 +43,8 @@ def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
     good = state.step + 1 - MAX_SKIPPED_IN_A_ROW
     run.state = run.before_skipped or dataclasses.replace(state, step=good, skipped_in_a_row=0)
     if run.saved_step > good:
-        run.world.run_on_main(
-            lambda: checkpoint.remove_after(run.folder, good)
-        )  # written among the skipped: would pass them
+        # a checkpoint that was written among the skipped steps would otherwise be taken for the newest
+        run.world.run_on_main(lambda: checkpoint.remove_after(run.folder, good))
     if weights_are_finite(run):
         kept = f"The state before them is saved: {save_checkpoint(run)}."
     else:

@@ -50,7 +50,6 @@ class Run:
     world: World
     checkpointing: bool  # activations are recomputed in the backward pass
     log: RunLog | NullLog = field(default_factory=NullLog)
-    first_step: int = 0  # steps that were done before this process began
     predicted_peak_bytes: int | None = None
     saved_step: int = -1  # the step of the newest checkpoint that this run wrote or was resumed from; -1: none
     saved_result: Path | None = None  # the adapter or model, when the run is over

@@ -111,7 +111,6 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
         checkpointing=choice.checkpointing,
         predicted_peak_bytes=_predicted_peak(choice, device, before_loading),
         saved_step=state.step if resumed_from else -1,
-        first_step=state.step,
     )
     if world.main:
         run.log = _open_log(run, sets.reports, held)
@@ -283,7 +282,8 @@ def _header(run: Run, reports: Sequence[DataReport], notes: list[str]) -> None:
         say("processes", f"{run.world.size}, each takes its share of a step's tokens{base}")
     say("steps", f"{schedule.num_steps:,} ({schedule.steps_per_epoch:,} an epoch), from step {run.state.step:,}")
     if run.stop_reason == "completed":
-        say("", f"all {schedule.num_steps:,} steps are done: nothing is left to train")
+        more = "a larger --max_steps or --num_train_epochs goes on"
+        say("", f"all {schedule.num_steps:,} steps are done: nothing is left to train; {more}")
     elif run.stop_reason:
         say("", f"early stopping has ended this run at step {run.state.step:,}: nothing is left to train")
     say("device", f"{device_name(run.device)}, matrix products in {str(run.dtype).removeprefix('torch.')}")

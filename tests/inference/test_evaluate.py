@@ -243,6 +243,7 @@ def test_rows_too_long_to_answer_are_named_and_the_losses_are_printed(rows, tiny
     assert cli.main(list(map(str, ["eval", "--model", tiny_folder, *flags]))) == 0
     said = capsys.readouterr()
     assert "exact match of 1" in said.out
+    assert ", 1 rows too long to be answered" in said.out
     assert "1 rows are too long to be answered; no answer is compared: line 1\n" in said.err
 
 

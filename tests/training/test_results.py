@@ -266,7 +266,7 @@ def test_the_end_names_the_system_prompt(base, tmp_path, bare_run, capsys):
     said = capsys.readouterr().out
     assert f"these commands use it: {PROMPT!r}" in said
     assert "other programs insert 'You are a helpful assistant.'" in said
-    assert "no step was left to train" not in said
+    assert "nothing is left to train" not in said
 
 
 def test_a_finished_run_that_is_resumed_says_that_no_step_was_left(base, tmp_path, bare_run, capsys):
@@ -275,7 +275,8 @@ def test_a_finished_run_that_is_resumed_says_that_no_step_was_left(base, tmp_pat
     capsys.readouterr()
     loop.train(small_config(base, tmp_path, **keys, resume="auto"))
     said = capsys.readouterr().out
-    assert "no step was left to train: all 1 steps of this run were done before; give a larger --max_steps" in said
+    assert said.count("nothing is left to train") == 1
+    assert "all 1 steps are done: nothing is left to train; a larger --max_steps" in said
 
 
 @pytest.mark.parametrize(("method", "result"), [("lora", "adapter"), ("full", "model")])
