@@ -94,7 +94,7 @@ def minilora_start_loss(config: Any) -> float:
 
     with StopRequest() as stop, ExitStack() as held:
         run = prepare(config, stop, held)
-        return loop.evaluate(run, run.train_set.subset(range(EXAMPLES_PER_STEP)))
+        return loop.evaluate(run, run.data.train.subset(range(EXAMPLES_PER_STEP)))
 
 
 # ---------------------------------------------------------------------------------------- peft + a Trainer

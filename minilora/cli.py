@@ -1,95 +1,21 @@
 """The command line: one verb per job. Errors become one clear message and an exit code, never a traceback."""
 
 import argparse
-import itertools
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from minilora import __version__
 from minilora.config import FIELDS, TYPES, TrainConfig, as_number, choices, nearest, presets, read_source, resolve
 from minilora.errors import ConfigError, MiniloraError, printable
+from minilora.utils.arguments import Parser, is_source
 
 PROG = "minilora"
 LAST_WORDS_S = 1.0
-BOOLEAN_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0", "none")  # the first two are accepted
-NEGATIVE = re.compile(r"-\.?\d")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with underscores and dashes alike, no abbreviations, and mistakes raised as ConfigError."""
-
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the whole usage."""
-        raise ConfigError(f"{message}. See {self.prog} --help")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse all of argv; an unknown flag is answered with the nearest one."""
-        end = argv.index("--") if "--" in argv else len(argv)  # what follows is text, whatever it looks like
-        args, unknown = self.parse_known_args([*self.with_own_values(list(map(normal, argv[:end]))), *argv[end:]])
-        if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings]
-            flags = [word for word in unknown if re.match(r"--?[^\W\d]", word)]
-            hints = []
-            for word in flags or unknown:  # what follows an unknown flag is its value, no second mistake
-                hint = nearest(word.partition("=")[0], known)
-                if word.startswith("--preset") and hasattr(args, "source"):
-                    hint = f" A preset is named without a flag: {self.prog} demo."
-                hints.append(f"unknown argument {word!r}.{hint}")
-            raise ConfigError(f"{' '.join(hints)} See {self.prog} --help")
-        return args
-
-    def with_own_values(self, words: list[str]) -> list[str]:
-        """The words with the values of a flag behind an equals sign, where argparse would take too many or too few.
-
-        A boolean flag takes no other word than one that is meant as a boolean; a flag with several values does not take
-        a preset or a TOML file; a negative number is a value.
-        """
-        nargs = {flag: action.nargs for action in self._actions for flag in action.option_strings}
-        found = []
-        while words:
-            word, *words = words
-            kind, count = nargs.get(word, 0), 0
-            if kind == "?":
-                count = int(bool(words) and words[0].lower() in BOOLEAN_WORDS)
-                word += "" if count else "=true"
-            elif kind == "+":
-                count = len(list(itertools.takewhile(is_value, words)))
-                if not count:
-                    self.error(f"argument {word}: expected at least one argument")
-            elif kind is None:
-                count = int(bool(words) and bool(NEGATIVE.match(words[0])))
-            found.append(f"{word}={','.join(words[:count])}" if count else word)
-            words = words[count:]
-        return found
-
-
-def is_source(word: str) -> bool:
-    """Whether a word names a preset or a TOML file."""
-    return word.endswith(".toml") or word in presets()
-
-
-def is_value(word: str) -> bool:
-    """Whether a word after a flag with several values is one of them."""
-    return not is_source(word) and (not word.startswith("-") or bool(NEGATIVE.match(word)))
-
-
-def normal(word: str) -> str:
-    """--learning-rate=1 as --learning_rate=1, --adapter=~/x with the home folder; other words unchanged."""
-    if not word.startswith("--"):
-        return word
-    flag, equals, value = word.partition("=")
-    if value.startswith("~/"):  # the shell leaves it so behind an equals sign
-        value = os.path.expanduser(value)
-    return "--" + flag[2:].replace("-", "_") + equals + value
 
 
 def train_parser() -> Parser:
@@ -420,6 +346,8 @@ def eval_command(argv: Sequence[str]) -> int:
     print(table(found))
     if output is not None:
         save(found, output)
+    if found.interrupted:
+        raise KeyboardInterrupt
     return 0
 
 

@@ -17,13 +17,12 @@ from minilora.errors import StoppedError
 from minilora.loss import token_loss
 from minilora.optim import learning_rate
 from minilora.training.finish import Summary, finish
-from minilora.training.recovery import out_of_memory, shrink_budget, skip, stopped
+from minilora.training.recovery import skip, stopped, until_it_fits
 from minilora.training.run import Run
 from minilora.training.saving import record_evaluation, record_step, save_checkpoint
 from minilora.training.setup import prepare
 from minilora.training.signals import StopRequest
 from minilora.utils import terminal
-from minilora.utils.device import free_cached
 from minilora.utils.process import settings_of_a_run
 
 
@@ -59,8 +58,8 @@ def evaluate_and_save(run: Run) -> None:
     done = state.step > 0 and run.schedule.ends_epoch(state.step - 1)
     last = state.step >= run.schedule.num_steps
     eval_due = state.step == 0 or last or (state.step % config.eval_steps == 0 if config.eval_steps else done)
-    if run.eval_set is not None and eval_due and state.evaluated_step != state.step:
-        record_evaluation(run, evaluate(run, run.eval_set))
+    if run.data.eval is not None and eval_due and state.evaluated_step != state.step:
+        record_evaluation(run, evaluate(run, run.data.eval))
     save_due = state.step > 0 and (state.step % config.save_steps == 0 if config.save_steps else done)
     if run.stop_reason or save_due:
         save_checkpoint(run)
@@ -73,7 +72,7 @@ def train_step(run: Run) -> dict[str, Any]:
     """
     config, state, steps, started = run.config, run.state, run.schedule.num_steps, time.perf_counter()
     indices = run.schedule.examples_of(state.step)
-    examples = [run.train_set[i] for i in indices]
+    examples = [run.data.train[i] for i in indices]
     num_supervised = sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
     num_tokens = sum(len(example.input_ids) for example in examples)
     rate = learning_rate(state.step, steps, config.learning_rate, config.lr_scheduler_type, config.warmup_ratio)
@@ -101,26 +100,22 @@ def gradients(run: Run, examples: list[Example], num_supervised: int) -> Tensor:
     the tokens of the whole step. (Dropout and noise are drawn for each micro-batch, so their values depend on it.)
     Each process takes its share of the examples. When memory runs out, the step is repeated with a smaller budget.
     """
-    while True:
-        loss, no_memory = torch.zeros((), device=run.device), False
+
+    def accumulate() -> Tensor:
+        loss = torch.zeros((), device=run.device)
         torch.manual_seed(step_seed(run.config.seed, run.state.step, run.world.rank))  # for dropout and noise
-        try:
-            with packed(run.model.train()):
-                for batch in run.batches(examples):
-                    with run.autocast():
-                        hidden = hidden_states(run.model, batch, run.config.neftune_noise_alpha)  # (S, hidden)
-                        nats = token_loss(hidden, head_weight(run.model), batch.targets)
-                    (nats / num_supervised).backward()
-                    loss += nats.detach() / num_supervised
-                    run.check()
-        except (RuntimeError, MemoryError) as error:
-            no_memory = out_of_memory(run, error)
-        if not run.world.any(no_memory):
-            return run.world.all_reduce_gradients(run.model.parameters(), loss)
-        run.optimizer.zero_grad(set_to_none=True)
-        hidden = nats = loss  # frees what the failed backward pass still holds
-        free_cached(run.device)
-        shrink_budget(run, [len(example.input_ids) for example in examples])
+        with packed(run.model.train()):
+            for batch in run.batches(examples):
+                with run.autocast():
+                    hidden = hidden_states(run.model, batch, run.config.neftune_noise_alpha)  # (S, hidden)
+                    nats = token_loss(hidden, head_weight(run.model), batch.targets)
+                (nats / num_supervised).backward()
+                loss += nats.detach() / num_supervised
+                run.check()
+        return loss
+
+    loss = until_it_fits(run, accumulate, [len(example.input_ids) for example in examples])
+    return run.world.all_reduce_gradients(run.model.parameters(), loss)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -130,16 +125,9 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
 def evaluate(run: Run, dataset: Dataset) -> float:
     """Mean loss over the supervised tokens of a data set, in nats. Repeated when memory runs out."""
-    while True:
-        try:
-            found = (*_evaluate(run, dataset), False)
-        except (RuntimeError, MemoryError) as error:
-            found = 0.0, 0, out_of_memory(run, error)
-        nats, num_supervised, no_memory = map(sum, zip(*run.world.exchange(found), strict=True))
-        if not no_memory:
-            return nats / num_supervised
-        free_cached(run.device)
-        shrink_budget(run, dataset.lengths)
+    found = until_it_fits(run, lambda: _evaluate(run, dataset), dataset.lengths)
+    nats, num_supervised = map(sum, zip(*run.world.exchange(found), strict=True))
+    return nats / num_supervised
 
 
 @torch.no_grad()

@@ -216,7 +216,7 @@ def trained(module) -> dict[str, torch.nn.Parameter]:
 
 def first_step(run: Run) -> tuple[list[Example], int]:
     """The examples of the run's next step and the number of their supervised tokens."""
-    examples = [run.train_set[i] for i in run.schedule.examples_of(run.state.step)]
+    examples = [run.data.train[i] for i in run.schedule.examples_of(run.state.step)]
     return examples, sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
 
 

@@ -20,7 +20,7 @@ from minilora import cli, demo, errors
 from minilora.data.formats import Turn
 from minilora.inference import generate
 from minilora.models import load as loading
-from minilora.utils import terminal
+from minilora.utils import arguments, terminal
 
 ROOT = Path(minilora.__file__).parent.parent
 TRAIN = [sys.executable, str(ROOT / "train.py")]
@@ -558,5 +558,5 @@ def test_a_prompt_longer_than_the_model_is_refused(capsys, tiny_folder):
 def test_the_home_folder_behind_an_equals_sign(monkeypatch):
     """The shell expands ~ only where a word begins with it."""
     monkeypatch.setenv("HOME", "/home/lo")
-    assert cli.normal("--output-dir=~/x") == "--output_dir=/home/lo/x"
-    assert cli.normal("--system-prompt=~ is a tilde") == "--system_prompt=~ is a tilde"
+    assert arguments.normal("--output-dir=~/x") == "--output_dir=/home/lo/x"
+    assert arguments.normal("--system-prompt=~ is a tilde") == "--system_prompt=~ is a tilde"

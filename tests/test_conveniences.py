@@ -144,9 +144,9 @@ def test_the_noise_is_a_function_of_seed_and_step_and_there_in_training_only(sta
     loop.gradients(run, *examples)
     assert not same({name: param.grad for name, param in trained(run.model).items()}, one)
 
-    noisy = loop.evaluate(run, run.eval_set)
+    noisy = loop.evaluate(run, run.data.eval)
     run.config = dataclasses.replace(run.config, neftune_noise_alpha=0.0)
-    assert loop.evaluate(run, run.eval_set) == noisy
+    assert loop.evaluate(run, run.data.eval) == noisy
 
 
 def resumed(config, folder, after):
@@ -285,14 +285,14 @@ def test_a_run_of_two_files_says_what_it_takes_of_each(start, two_files, capsys,
         assert f"an epoch takes {taken} of its {count} rows, by its weight" in said
     assert run.schedule.num_examples == 27
     epoch = np.concatenate([run.schedule.examples_of(step) for step in range(run.schedule.steps_per_epoch)])
-    assert np.bincount(run.train_set.sources[epoch]).tolist() == [24, 3]
+    assert np.bincount(run.data.train.sources[epoch]).tolist() == [24, 3]
 
     monkeypatch.setattr(loop, "token_loss", lambda hidden, *_: hidden.sum() * math.nan)
     loop.train_step(run)
     note = next(line for line in capsys.readouterr().out.splitlines() if "skipped" in line)
     lines = json.loads("[" + note.partition(f"rows at {two_files[0]}, lines [")[2].partition("]")[0] + "]")
     taken = run.schedule.examples_of(0)
-    assert lines == sorted(run.train_set.lines[taken][run.train_set.sources[taken] == 0])
+    assert lines == sorted(run.data.train.lines[taken][run.data.train.sources[taken] == 0])
 
 
 def test_the_problems_of_all_files_are_told_at_once(make_config, tmp_path, two_files):
@@ -366,13 +366,13 @@ def test_repeats_are_counted_and_left_out_where_that_is_asked_for(start, tmp_pat
     second = rows_of(tmp_path / "b.jsonl", {**B, "system": "Be brief."}, B, C)
     files = (str(first), str(second))
     run = start(train_file=files, output_dir=str(tmp_path / "kept"))
-    assert len(run.train_set) == 7
+    assert len(run.data.train) == 7
     said = data_lines(capsys)
     assert said.count("repeats of an earlier row, to the token: 2") == 1
     assert said.count("repeats of an earlier row, to the token: 1") == 1
 
     run = start(train_file=files, deduplicate=True, output_dir=str(tmp_path / "removed"))
-    assert run.train_set.places(np.arange(4)) == f"{first}, lines [1, 2]; {second}, lines [1, 3]"
+    assert run.data.train.places(np.arange(4)) == f"{first}, lines [1, 2]; {second}, lines [1, 3]"
     said = data_lines(capsys)
     assert f"{first}: 2 of 4 rows kept; dropped: 2 the same as an earlier one" in said
     assert f"{second}: 2 of 3 rows kept; dropped: 1 the same as an earlier one" in said
@@ -483,10 +483,10 @@ def test_answers_change_nothing_of_what_is_trained_and_a_resumed_run_gives_them_
 def test_questions_are_those_of_the_held_out_rows_of_their_files(start, two_files):
     run = start(train_file=tuple(map(str, two_files)), val_size=0.5, eval_samples=100)
     texts = [[json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in two_files]
-    held_out = zip(run.eval_set.sources, run.eval_set.lines, strict=True)
+    held_out = zip(run.data.eval.sources, run.data.eval.lines, strict=True)
     expected = [texts[source][line - 1] for source, line in held_out]
-    assert len({*run.eval_set.sources.tolist()}) == 2
-    assert [(question.turns[-1].content, question.reference) for question in run.questions] == [
+    assert len({*run.data.eval.sources.tolist()}) == 2
+    assert [(question.turns[-1].content, question.reference) for question in run.data.questions] == [
         (row["instruction"], row["output"]) for row in expected
     ]
 
@@ -499,7 +499,7 @@ def test_questions_that_leave_no_room_or_are_none_are_passed_over(start, tmp_pat
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     )
     run = start(eval_file=str(valid), eval_samples=2, train_on_prompt=True)
-    assert run.questions == [Question((Turn("user", "a"),), "b")]
+    assert run.data.questions == [Question((Turn("user", "a"),), "b")]
 
 
 def test_a_prompt_that_just_fits_is_answered_with_what_is_left(start, tmp_path):
@@ -531,7 +531,7 @@ def test_what_training_has_freed_is_given_back_before_answers_are_computed(start
     run = start(val_size=0.2, eval_samples=1)
     saving.answer_questions(run)
     assert done == ["given back", "answered"]
-    run.questions = []
+    run.data = dataclasses.replace(run.data, questions=[])
     saving.answer_questions(run)
     assert len(done) == 2
 

@@ -181,7 +181,7 @@ def test_evaluation_is_the_mean_over_tokens_however_it_is_cut(start, load_tiny):
     lora.inject(oracle, run.config.target_modules, run.config.lora_r, run.config.lora_alpha)
     randomize_lora(oracle, std=0.05)
     nats, count = 0.0, 0
-    for example in (run.train_set[i] for i in range(len(run.train_set))):
+    for example in (run.data.train[i] for i in range(len(run.data.train))):
         ids, labels = (torch.from_numpy(array).long() for array in (example.input_ids, example.labels))
         with torch.no_grad():
             logits = oracle(input_ids=ids[None]).logits[0, :-1]
@@ -189,7 +189,7 @@ def test_evaluation_is_the_mean_over_tokens_however_it_is_cut(start, load_tiny):
         count += int((labels[1:] != IGNORE).sum())
     for budget in (1, 100, WHOLE_STEP):
         run.state.max_tokens = budget
-        assert loop.evaluate(run, run.train_set) == pytest.approx(nats / count, rel=1e-6)
+        assert loop.evaluate(run, run.data.train) == pytest.approx(nats / count, rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------- a run
@@ -258,7 +258,7 @@ def test_the_first_loss_is_the_bases_and_counts_its_tokens(start, load_tiny, tra
     record = loop.train_step(run)
     rows = [json.loads(line) for line in Path(run.config.train_file).read_text().splitlines()]
     oracle, tokenizer, nats, supervised, tokens = load_tiny(), run.tokenizer, 0.0, 0, 0
-    for line in run.train_set.lines[run.schedule.examples_of(0)]:
+    for line in run.data.train.lines[run.schedule.examples_of(0)]:
         row = rows[line - 1]
         asked = [
             {"role": "system", "content": run.config.system_prompt},
@@ -316,7 +316,7 @@ def test_every_step_has_its_rate_and_its_examples(start, monkeypatch):
     assert records[3]["learning_rate"] == pytest.approx(run.config.learning_rate)
     for epoch in (seen[:4], seen[4:]):
         taken = sorted(ids for step in epoch for ids in step)
-        assert taken == sorted(run.train_set[i].input_ids.tolist() for i in range(len(run.train_set)))
+        assert taken == sorted(run.data.train[i].input_ids.tolist() for i in range(len(run.data.train)))
 
 
 def test_looking_does_not_change_what_is_trained(make_config, tmp_path):
@@ -930,7 +930,7 @@ def test_other_errors_are_not_taken_for_out_of_memory(start, monkeypatch):
 def test_a_long_system_prompt_is_shared_by_many_rows(start):
     """At a fixed budget each row would stand alone with a long prompt, and nothing would be shared."""
     run = start(system_prompt="水" * 220, share_prefix="auto", max_tokens_per_micro_batch=0)
-    examples = [run.train_set[i] for i in run.schedule.examples_of(0)]
+    examples = [run.data.train[i] for i in run.schedule.examples_of(0)]
     prefix = batching.common_prefix(examples)
     assert 192 < prefix < 512
     assert run.state.max_tokens == batching.MICRO_BATCH_TOKENS["cpu"] + 3 * prefix

@@ -164,7 +164,7 @@ def test_max_length_beyond_the_models_positions(overlong, tmp_path, start, capsy
         with pytest.raises(DataError, match="more than max_length 512"):
             start(train_file=str(file), overlong=overlong)
     else:
-        assert start(train_file=str(file)).train_set.lengths.tolist() == [512]
+        assert start(train_file=str(file)).data.train.lengths.tolist() == [512]
         assert "max_length 1,024: this model has 512 positions, so 512 holds" in capsys.readouterr().out
 
 

@@ -28,7 +28,7 @@ from minilora.loss import CHUNK_ROWS
 from minilora.models.load import find_model
 from minilora.models.trained import trained_system_prompt
 from minilora.utils import files
-from minilora.utils.device import autocast, free_cached, is_out_of_memory
+from minilora.utils.device import autocast, halve_until_fits
 
 ANSWER_MARGIN = 16  # tokens that an answer may have beyond the longest reference
 MAX_LOSS = 700.0  # nats; exp of more overflows, and no working model has it
@@ -59,6 +59,7 @@ class Evaluation:
     answered: int  # rows whose answers were compared with the reference
     too_long: int  # rows that leave no room for an answer, and are not among these
     scores: dict[str, Scores]
+    interrupted: bool = False  # Ctrl-C came before all scores were there
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class Request:
 def evaluate(request: Request) -> Evaluation:
     """Score the base, with and without the adapter, then the merged model, which takes the base's place in memory.
 
-    The file is read, and the merged folder looked for, before a model is loaded.
+    The file is read, and the merged folder looked for, before a model is loaded. Ctrl-C ends it with the scores that
+    are there, and raises KeyboardInterrupt where there are none.
     """
     rows, reading = read_rows(os.path.expanduser(request.eval_file), request.on_bad_rows)
     rows = rows[: request.max_rows or None]
@@ -108,26 +110,32 @@ def evaluate(request: Request) -> Evaluation:
             f"{len(too_long):,} rows are too long to be answered; no answer is compared: line {lines}", file=sys.stderr
         )
 
-    def scored(chat_model: ChatModel, name: str) -> Scores:
-        found = score(chat_model.model, dataset, name)
+    scores: dict[str, Scores] = {}
+
+    def add_scores(chat_model: ChatModel, name: str) -> None:
+        scores[name] = score(chat_model.model, dataset, name)
+        if not asked:
+            return
         try:
-            share = exact_match(chat_model, asked, request.batch_size, name) if asked else None
+            share = exact_match(chat_model, asked, request.batch_size, name)
+            scores[name] = dataclasses.replace(scores[name], exact_match=share)
         except OutOfMemoryError as error:
             print(f"{name}: the answers are not compared: {error}", file=sys.stderr)
-            share = None
-        return dataclasses.replace(found, exact_match=share)
 
-    scores = {}
-    with disabled(chat_model.model):
-        scores["base"] = scored(chat_model, "base")
-    if request.adapter:
-        scores["adapter"] = scored(chat_model, "adapter")
-    prompt = chat_model.system_prompt
-    if merged:
-        del chat_model
-        gc.collect()
-        other = load_chat_model(str(merged), None, request.dtype, request.device, prompt)
-        scores["merged"] = scored(other, "merged")
+    prompt, interrupted = chat_model.system_prompt, False
+    try:
+        with disabled(chat_model.model):
+            add_scores(chat_model, "base")
+        if request.adapter:
+            add_scores(chat_model, "adapter")
+        if merged:
+            del chat_model
+            gc.collect()
+            add_scores(load_chat_model(str(merged), None, request.dtype, request.device, prompt), "merged")
+    except KeyboardInterrupt:
+        if not scores:
+            raise
+        interrupted = True
     return Evaluation(
         eval_file=request.eval_file,
         sha256=report.sha256,
@@ -140,6 +148,7 @@ def evaluate(request: Request) -> Evaluation:
         answered=len(asked),
         too_long=len(too_long),
         scores=scores,
+        interrupted=interrupted,
     )
 
 
@@ -163,19 +172,10 @@ def score(model: Any, dataset: Dataset, what: str) -> Scores:
     device = next(model.parameters()).device
     longest = int(max(dataset.lengths)) - 1
     max_tokens = default_tokens(device.type, next(dataset.groups()), share_prefix=device.type == "cpu")
-    while True:
-        try:
-            nats, correct, supervised = _totals(model, dataset, max_tokens, what)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if max_tokens <= longest:
-                raise OutOfMemoryError(
-                    f"one example of {longest:,} tokens does not fit: give a smaller --max_length"
-                ) from error
-        max_tokens = max(longest, max_tokens // 2)
-        free_cached(device)
+    problem = f"one example of {longest:,} tokens does not fit: give a smaller --max_length"
+    (nats, correct, supervised), _ = halve_until_fits(
+        lambda size: _totals(model, dataset, size, what), max_tokens, longest, device, problem
+    )
     loss = nats / supervised
     if not loss < MAX_LOSS:
         raise DivergedError(f"{what}: the loss is {loss}: there is something wrong with the model's numbers")

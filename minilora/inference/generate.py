@@ -14,12 +14,12 @@ from tqdm import tqdm
 from minilora.adapters import format as adapter_format
 from minilora.data.formats import Turn
 from minilora.data.markup import ChatMarkup
-from minilora.errors import AdapterError, DataError, OutOfMemoryError
+from minilora.errors import AdapterError, DataError
 from minilora.models.fingerprint import fingerprint
 from minilora.models.load import load_model, load_tokenizer
 from minilora.models.probe import SAMPLE_PROMPTS
 from minilora.models.trained import adapter_system_prompt, trained_system_prompt
-from minilora.utils.device import free_cached, is_out_of_memory, pick_device, pick_dtype
+from minilora.utils.device import halve_until_fits, pick_device, pick_dtype
 
 SAMPLE_TOKENS = 48
 
@@ -172,27 +172,20 @@ def answer_all(
     lengths = [len(prompt_ids(chat_model, turns, sampling)) for turns in conversations]
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     answers = [""] * len(order)
-    start = 0
+    start, device = 0, next(chat_model.model.parameters()).device
+
+    def next_answers(size: int) -> list[str]:
+        return answer(chat_model, [conversations[i] for i in order[start : start + size]], sampling)
+
     with progress(len(order), what) as bar:
         while start < len(order):
-            part = order[start : start + batch_size]
-            try:
-                texts = answer(chat_model, [conversations[i] for i in part], sampling)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(part) == 1:
-                    raise OutOfMemoryError(
-                        f"not even one answer to {lengths[part[0]]:,} tokens fits: give a smaller --max_new_tokens or "
-                        "a shorter prompt"
-                    ) from error
-                texts = []
-            for i, text in zip(part, texts, strict=False):
+            prompt = f"not even one answer to {lengths[order[start]]:,} tokens fits"
+            problem = f"{prompt}: give a smaller --max_new_tokens or a shorter prompt"
+            size = min(batch_size, len(order) - start)
+            texts, batch_size = halve_until_fits(next_answers, size, 1, device, problem)
+            for i, text in zip(order[start:], texts, strict=False):
                 answers[i] = text
                 on_answer(i, text)
-            if not texts:  # outside of the except block, whose error holds on to what did not fit
-                batch_size = len(part) // 2
-                free_cached(next(chat_model.model.parameters()).device)
             start += len(texts)
             bar.update(len(texts))
     return answers

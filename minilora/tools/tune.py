@@ -110,16 +110,16 @@ def short_run(config: TrainConfig, search: Search, folder: Path) -> TrainConfig:
 def held_out_rows(run: Run, search: Search) -> Dataset:
     """Rows to judge by: of the evaluation set, or of those that the short run does not come to."""
     rng = np.random.default_rng(run.config.seed)
-    if run.eval_set is not None:
-        return run.eval_set.subset(rng.permutation(len(run.eval_set))[: search.held_out])
+    if run.data.eval is not None:
+        return run.data.eval.subset(rng.permutation(len(run.data.eval))[: search.held_out])
     learnt = np.concatenate([run.schedule.examples_of(step) for step in range(search.steps)])
-    others = np.setdiff1d(np.arange(len(run.train_set)), learnt)
+    others = np.setdiff1d(np.arange(len(run.data.train)), learnt)
     if len(others) < search.held_out:
         raise DataError(
-            f"{', '.join(run.config.train_files)}: {len(run.train_set):,} rows do not make {search.steps} steps of "
+            f"{', '.join(run.config.train_files)}: {len(run.data.train):,} rows do not make {search.steps} steps of "
             f"{search.rows} rows and {search.held_out} held-out ones: give smaller --steps, --rows or --held_out"
         )
-    return run.train_set.subset(rng.permutation(others)[: search.held_out])
+    return run.data.train.subset(rng.permutation(others)[: search.held_out])
 
 
 def loss_after(run: Run, rate: float, start: dict[str, Tensor], rows: Dataset) -> float:
@@ -151,7 +151,7 @@ def _head(run: Run, search: Search, held_out: int, before: float) -> None:
     say("model", f"{config.model}, {in_words(config)}")
     say(
         "each rate",
-        f"{search.steps} steps of {min(search.rows, len(run.train_set)):,} rows of {trained_on}, beginning anew",
+        f"{search.steps} steps of {min(search.rows, len(run.data.train)):,} rows of {trained_on}, beginning anew",
     )
     say("judged by", f"{held_out} other rows of {config.eval_file or trained_on}")
     print(f"\n{'learning rate':>14}  {'held-out loss':>13}\n{'(before)':>14}  {before:>13.4f}", flush=True)

@@ -1,7 +1,8 @@
 """What a run does when a signal stops it, when a gradient is not finite, and when memory runs out."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -9,9 +10,10 @@ from minilora.errors import DivergedError, OutOfMemoryError, StoppedError
 from minilora.training import checkpoint
 from minilora.training.run import Run
 from minilora.training.saving import save_checkpoint, weights_are_finite
-from minilora.utils.device import gib, is_out_of_memory, peak_memory_bytes
+from minilora.utils.device import free_cached, gib, is_out_of_memory, peak_memory_bytes
 
 MAX_SKIPPED_IN_A_ROW = 3
+T = TypeVar("T")
 
 
 def stopped(run: Run, error: StoppedError) -> None:
@@ -36,7 +38,7 @@ def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
         run.before_skipped = dataclasses.replace(state)
     state.skipped_steps += 1
     state.skipped_in_a_row += 1
-    places = run.train_set.places(indices)
+    places = run.data.train.places(indices)
     run.log.note(f"step {state.step + 1} skipped: loss {loss}, gradient norm {grad_norm}; rows at {places}")
     if state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW:
         return
@@ -55,24 +57,38 @@ def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:
     )
 
 
-def out_of_memory(run: Run, error: BaseException) -> bool:
-    """True for an error that says that memory ran out; any other error is raised.
+def until_it_fits(run: Run, work: Callable[[], T], lengths: Sequence[int] | np.ndarray) -> T:
+    """work(), repeated with a smaller token budget as long as memory runs out in any of the processes.
 
-    Where the model is sharded, the other processes wait in the middle of the step, and the step cannot be repeated:
-    raises OutOfMemoryError.
+    lengths: tokens of the examples that `work` goes through. Where the model is sharded, the other processes wait in
+    the middle of the work, and it cannot be repeated: raises OutOfMemoryError, as where one example does not fit.
     """
-    if not is_out_of_memory(error):
-        raise error
-    if run.world.sharded:
-        budget = run.state.max_tokens
-        raise OutOfMemoryError(
-            f"a micro-batch of up to {budget:,} tokens does not fit: {gib(peak_memory_bytes(run.device))} were in use. "
-            f"Go on with --max_tokens_per_micro_batch {budget // 2}, or more processes."
-        ) from error
-    return True
+    while True:
+        no_memory = False
+        try:
+            result = work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if run.world.sharded:
+                raise _too_little_for_shards(run) from error
+            no_memory = True
+        if not run.world.any(no_memory):
+            return result
+        run.optimizer.zero_grad(set_to_none=True)  # outside of the except block, whose error holds on to the rest
+        free_cached(run.device)
+        _shrink_budget(run, lengths)
 
 
-def shrink_budget(run: Run, lengths: Sequence[int] | np.ndarray) -> None:
+def _too_little_for_shards(run: Run) -> OutOfMemoryError:
+    budget = run.state.max_tokens
+    return OutOfMemoryError(
+        f"a micro-batch of up to {budget:,} tokens does not fit: {gib(peak_memory_bytes(run.device))} were in use. "
+        f"Go on with --max_tokens_per_micro_batch {budget // 2}, or more processes."
+    )
+
+
+def _shrink_budget(run: Run, lengths: Sequence[int] | np.ndarray) -> None:
     """Halve the token budget for the rest of the run. Raises OutOfMemoryError when examples already went one by one."""
     longest = int(max(lengths)) - 1
     if run.state.max_tokens <= longest:

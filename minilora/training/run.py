@@ -15,8 +15,8 @@ import torch
 
 from minilora.batching import Batch, collate, micro_batches, pack_examples, shares_prefix, split_across_ranks
 from minilora.config import TrainConfig
-from minilora.data.dataset import Dataset, Example
-from minilora.data.formats import Question
+from minilora.data.build import Sets
+from minilora.data.dataset import Example
 from minilora.data.markup import ChatMarkup
 from minilora.data.sampler import Schedule
 from minilora.distributed.world import World
@@ -40,9 +40,7 @@ class Run:
     markup: ChatMarkup
     model: Any
     optimizer: torch.optim.Optimizer
-    train_set: Dataset
-    eval_set: Dataset | None
-    questions: list[Question]  # answered at each evaluation
+    data: Sets
     schedule: Schedule
     state: TrainState
     identity: Identity
@@ -75,7 +73,7 @@ class Run:
     @cached_property
     def system_prompt(self) -> str:
         """What is trained with: the system turn that all rows have, whoever brought it; else that of the settings."""
-        common = common_system_prompt(self.train_set, self.markup, self.tokenizer)
+        common = common_system_prompt(self.data.train, self.markup, self.tokenizer)
         return self.config.system_prompt if common is None else common
 
     @property

@@ -132,7 +132,7 @@ def record_evaluation(run: Run, loss: float) -> None:
     state, best = run.state, run.state.best_eval_loss
     answers = run.world.run_on_main(lambda: answer_questions(run))  # stopped in here, the evaluation is done again
     run.log.evaluation({"step": state.step, "eval_loss": loss if math.isfinite(loss) else None}, best)
-    run.log.samples(state.step, zip(run.questions, answers, strict=False))
+    run.log.samples(state.step, zip(run.data.questions, answers, strict=False))
     if math.isfinite(loss) and (best is None or loss < best):
         state.best_eval_loss, state.best_step, state.evals_since_best = loss, state.step, 0
         if state.step:
@@ -145,23 +145,23 @@ def record_evaluation(run: Run, loss: float) -> None:
 
 
 def answer_questions(run: Run) -> list[str]:
-    """The model's answers to run.questions now, as many as memory allows. Draws no random number."""
+    """The model's answers to run.data.questions now, as many as memory allows. Draws no random number."""
     chat_model = ChatModel(run.model.eval(), run.tokenizer, run.markup, run.config.system_prompt)
     answers: list[str] = []
-    if run.questions:  # what training has freed makes room for what answering takes
+    if run.data.questions:  # what training has freed makes room for what answering takes
         trim_heap(run.device)
-    for start in range(0, len(run.questions), SAMPLES_AT_ONCE):
-        part = run.questions[start : start + SAMPLES_AT_ONCE]
+    for start in range(0, len(run.data.questions), SAMPLES_AT_ONCE):
+        part = run.data.questions[start : start + SAMPLES_AT_ONCE]
         try:
             with run.autocast():
                 answers += short_answers(chat_model, [question.turns for question in part])
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            run.log.note(f"out of memory: {len(answers)} of {len(run.questions)} samples answered")
+            run.log.note(f"out of memory: {len(answers)} of {len(run.data.questions)} samples answered")
             break
         run.check()
-    if len(answers) < len(run.questions):
+    if len(answers) < len(run.data.questions):
         free_cached(run.device)
     return answers
 

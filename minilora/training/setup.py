@@ -16,7 +16,7 @@ from minilora.config import TrainConfig
 from minilora.data.build import Sets, make_sets, read_sources
 from minilora.data.dataset import Dataset
 from minilora.data.markup import ChatMarkup
-from minilora.data.report import DataReport, data_record, describe_data
+from minilora.data.report import data_record, describe_data
 from minilora.data.sampler import Schedule, make_schedule
 from minilora.decoder import hidden_states, packed
 from minilora.distributed.fsdp import shard
@@ -100,9 +100,7 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
         markup=markup,
         model=model,
         optimizer=optimizer,
-        train_set=sets.train,
-        eval_set=sets.eval,
-        questions=sets.questions,
+        data=sets,
         schedule=schedule,
         state=state,
         identity=identity,
@@ -113,10 +111,10 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
         saved_step=state.step if resumed_from else -1,
     )
     if world.main:
-        run.log = _open_log(run, sets.reports, held)
+        run.log = _open_log(run, held)
     world.resume_hint = f" Go on with: {run.resume_command}"
     if header and world.main:
-        _header(run, sets.reports, [*notes, *choice.notes])
+        _header(run, [*notes, *choice.notes])
     return run
 
 
@@ -129,10 +127,10 @@ def _check_before_reading(config: TrainConfig, world: World) -> None:
         check_board()
 
 
-def _open_log(run: Run, reports: Sequence[DataReport], held: ExitStack) -> RunLog:
+def _open_log(run: Run, held: ExitStack) -> RunLog:
     """Write config.json and open the log of the process that writes."""
     description = dataclasses.asdict(run.identity) | {"device": device_name(run.device), "dtype": str(run.dtype)}
-    description["data"] = [data_record(report) for report in reports]
+    description["data"] = [data_record(report) for report in run.data.reports]
     files.replace_file(run.folder / CONFIG, files.json_chunks(description))
     steps = (run.state.step, run.saved_step, run.schedule.num_steps)
     log = RunLog(run.folder, *steps, run.config.logging_steps, run.config.report_to == "tensorboard")
@@ -257,7 +255,7 @@ def _predicted_peak(choice: Choice, device: torch.device, before_loading: int) -
     return max(peak_memory_bytes(device), round(choice.memory.peak(device.type, before_loading)))
 
 
-def _header(run: Run, reports: Sequence[DataReport], notes: list[str]) -> None:
+def _header(run: Run, notes: Sequence[str]) -> None:
     config, schedule = run.config, run.schedule
     trained, total = parameter_counts(run.model)
     say("run", str(run.folder))
@@ -268,7 +266,7 @@ def _header(run: Run, reports: Sequence[DataReport], notes: list[str]) -> None:
     if config.adapter:
         say("", f"going on from {config.adapter}")
     say("trainable", f"params: {trained} || all params: {total} || trainable%: {100 * trained / total:.2f}")
-    for report in reports:
+    for report in run.data.reports:
         for line in describe_data(report):
             say("data", line)
     cut = (
@@ -291,7 +289,7 @@ def _header(run: Run, reports: Sequence[DataReport], notes: list[str]) -> None:
         say("", why)
     peak = f", {gib(run.predicted_peak_bytes)} predicted at the peak" if run.predicted_peak_bytes else ""
     say("memory", f"{gib(memory_bytes(run.device))} in use before training{peak}")
-    say("example", marked_example(run.train_set[0], run.tokenizer))
+    say("example", marked_example(run.data.train[0], run.tokenizer))
 
 
 def parameter_counts(model: torch.nn.Module) -> tuple[int, int]:

@@ -5,14 +5,17 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from minilora.config import DEVICE
-from minilora.errors import ConfigError
+from minilora.errors import ConfigError, OutOfMemoryError
+
+T = TypeVar("T")
 
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 _malloc_trim, _mallopt = getattr(_libc, "malloc_trim", None), getattr(_libc, "mallopt", None)  # glibc only
@@ -193,3 +196,22 @@ def device_name(device: torch.device) -> str:
         return f"{device} ({torch.cuda.get_device_name(device)})"
     count = torch.get_num_threads()
     return f"{device} ({count} thread{'s' * (count != 1)})"
+
+
+def halve_until_fits(
+    work: Callable[[int], T], size: int, least: int, device: torch.device, problem: str
+) -> tuple[T, int]:
+    """(work(size), size); the size is halved, down to `least`, each time that memory runs out.
+
+    Raises OutOfMemoryError(problem) when `least` does not fit.
+    """
+    while True:
+        try:
+            return work(size), size
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if size <= least:
+                raise OutOfMemoryError(problem) from error
+        size = max(least, size // 2)
+        free_cached(device)  # outside of the except block, whose error holds on to what did not fit

@@ -342,7 +342,7 @@ def test_a_run_from_a_cache_is_the_run_from_memory(make_config, tmp_path, monkey
         found.append(json.loads((tmp_path / name / "config.json").read_text("utf-8"))["data"])
         with ExitStack() as held:
             run = prepare(make_config(**keys, output_dir=str(tmp_path / f"{name}-again")), StopRequest(), held)
-            found.append(run.questions)
+            found.append(run.data.questions)
     assert found[:4] == found[4:]
     assert len(found[3]) == 2
 

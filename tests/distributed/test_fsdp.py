@@ -101,7 +101,7 @@ def test_gradients_of_shards_are_those_of_one_process(
                 save_file(found, tmp_path / f"{rank}-{step}.safetensors")
             layer = own.model.get_decoder().layers[0].self_attn.o_proj
             weight = layer.weight if method == "full" else getattr(layer, "base_layer", layer).weight
-            rows = [own.train_set[i] for i in own.schedule.examples_of(0)]
+            rows = [own.data.train[i] for i in own.schedule.examples_of(0)]
             batches = list(own.batches(rows))
             own_batches = sum(len(batch.targets) > 0 for batch in batches)
             return dist_world.local_part(weight).numel() / weight.numel(), len(batches), own_batches
@@ -219,7 +219,7 @@ def test_traffic_is_what_the_formula_says(make_config, world, method, fsdp):
     def work(rank):
         with ExitStack() as held:
             own = prepare(config, StopRequest(), held)
-            rows = [own.train_set[i] for i in own.schedule.examples_of(0)]
+            rows = [own.data.train[i] for i in own.schedule.examples_of(0)]
             with Traffic(2) as seen:
                 loop.gradients(own, rows, 100)
             return sum(seen.received.values()), len(list(own.batches(rows)))

@@ -91,7 +91,7 @@ def test_gradients_are_those_of_one_process(make_config, world, tmp_path, size, 
             own = prepare(config, StopRequest(), held)
             randomize_lora(own.model, std=0.05)
             save_file(gradients_of(own), tmp_path / f"{rank}.safetensors")
-            return len(list(own.batches([own.train_set[i] for i in own.schedule.examples_of(0)])))
+            return len(list(own.batches([own.data.train[i] for i in own.schedule.examples_of(0)])))
 
     ended = world(size, work)
     assert [code for code, _ in ended] == [0] * size

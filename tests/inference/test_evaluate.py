@@ -61,13 +61,13 @@ def test_the_loss_is_that_of_the_training_loop(make_config, rows):
     config = make_config(eval_file=str(rows), max_length=44)  # some rows are cut
     with StopRequest() as stop, ExitStack() as held:
         training = setup.prepare(config, stop, held)
-        expected = loop.evaluate(training, training.eval_set)
-        tokens, supervised = int(training.eval_set.lengths.sum()), int(training.eval_set.counts.sum())
+        expected = loop.evaluate(training, training.data.eval)
+        tokens, supervised = int(training.data.eval.lengths.sum()), int(training.data.eval.counts.sum())
     request = Request(str(rows), model=config.model, max_length=44, dtype="float32", device="cpu")
     found = evaluate.evaluate(request)
     assert found.system_prompt == config.system_prompt
     assert found.truncated > 0
-    assert (found.examples, found.tokens, found.supervised_tokens) == (len(training.eval_set), tokens, supervised)
+    assert (found.examples, found.tokens, found.supervised_tokens) == (len(training.data.eval), tokens, supervised)
     assert found.scores["base"].loss == pytest.approx(expected, rel=1e-6)
 
 
@@ -257,6 +257,30 @@ def test_answers_that_do_not_fit_in_memory_leave_the_losses(rows, tiny_folder, c
     said = capsys.readouterr()
     assert said.out.splitlines()[-1].split()[-1] == "-"
     assert "base: the answers are not compared: not even one answer fits" in said.err
+
+
+def test_ctrl_c_while_answers_are_computed_keeps_the_scores(rows, tuned, tmp_path, capsys, monkeypatch):
+    """The losses of the base and of the adapter are printed and written, and the exit code is that of Ctrl-C."""
+    calls = []
+
+    def stopped_at_the_second(*_):
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return 0.5
+
+    monkeypatch.setattr(evaluate, "exact_match", stopped_at_the_second)
+    figures = tmp_path / "figures.json"
+    flags = ["--adapter", tuned, "--eval_file", rows, "--dtype", "float32", "--generate", "2", "--json", figures]
+    code = cli.main(list(map(str, ["eval", *flags])))
+    assert code == 130
+    out = capsys.readouterr().out
+    found = json.loads(figures.read_text())
+    assert found["interrupted"]
+    assert list(found["scores"]) == ["base", "adapter"]
+    assert found["scores"]["base"]["exact_match"] == 0.5
+    assert found["scores"]["adapter"]["exact_match"] is None
+    assert f"{found['scores']['adapter']['loss']:.4f}" in out
 
 
 def test_a_base_alone(rows, tiny_folder, capsys):

@@ -79,7 +79,7 @@ def test_a_step_is_the_plain_formula(name, family, make_config, monkeypatch):
     with StopRequest() as stop, ExitStack() as held:
         run = prepare(make_config(model=str(folder), target_modules=TARGET_GROUPS["all"], lora_r=4), stop, held)
     randomize_lora(run.model, std=0.05)
-    examples = [run.train_set[i] for i in run.schedule.examples_of(0)]
+    examples = [run.data.train[i] for i in run.schedule.examples_of(0)]
     supervised = sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
     loss = loop.gradients(run, examples, supervised)
 

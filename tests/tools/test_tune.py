@@ -75,7 +75,7 @@ def test_the_short_run_is_the_training_loops_own(short, make_config):
 def test_no_row_is_both_learnt_from_and_judged_by(short):
     search = Search((), steps=3, rows=8, held_out=8)
     run = short(search)  # of 32 rows: every one is used
-    learnt = {int(i) for step in range(3) for i in run.train_set.lines[run.schedule.examples_of(step)]}
+    learnt = {int(i) for step in range(3) for i in run.data.train.lines[run.schedule.examples_of(step)]}
     judged = set(held_out_rows(run, search).lines.tolist())
     assert len(learnt) == 24
     assert len(judged) == 8
@@ -86,7 +86,7 @@ def test_an_evaluation_set_is_what_judges(short, tmp_path):
     run = short(eval_file=str(write_jsonl(tmp_path / "valid.jsonl", 20, seed=5)))
     rows = held_out_rows(run, SEARCH)
     assert len(rows) == 8
-    assert {tuple(row.input_ids) for row in rows} <= {tuple(row.input_ids) for row in run.eval_set}
+    assert {tuple(row.input_ids) for row in rows} <= {tuple(row.input_ids) for row in run.data.eval}
     run = short(Search((), 2, 4, held_out=99), val_size=0.25)
     assert len(held_out_rows(run, Search((), 2, 4, held_out=99))) == 8  # all there are
 
@@ -250,7 +250,7 @@ def after_one_epoch(config: TrainConfig, rates) -> dict[float, float]:
         run = prepare(config, stop, held, header=False)
         start = start_of(run)
         for rate in rates:
-            found[rate] = loss_after(run, rate, start, run.eval_set)
+            found[rate] = loss_after(run, rate, start, run.data.eval)
     return found
 
 

@@ -39,7 +39,7 @@ def bits(run) -> str:
 
 def micro_batches(run) -> int:
     """How many micro-batches the run's next step has."""
-    examples = [run.train_set[i] for i in run.schedule.examples_of(run.state.step)]
+    examples = [run.data.train[i] for i in run.schedule.examples_of(run.state.step)]
     return len(list(batching.micro_batches(examples, run.state.max_tokens, run.share_prefix)))
 
 
@@ -126,7 +126,7 @@ def bad_at_random_steps(start, monkeypatch, capsys, count: int, seed: int) -> No
             record = loop.train_step(run)
             plant.clear()
         seen[kind] += 1
-        lines = sorted(run.train_set.lines[run.schedule.examples_of(step)].tolist())
+        lines = sorted(run.data.train.lines[run.schedule.examples_of(step)].tolist())
         out = capsys.readouterr().out
         checks = {
             "not planted": plant.planted,

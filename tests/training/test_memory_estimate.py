@@ -79,7 +79,7 @@ def test_a_real_step_holds_what_was_predicted(make_config, method):
     config = make_config(method=method, max_tokens_per_micro_batch=10**6)
     with StopRequest() as stop, ExitStack() as held:
         run = prepare(config, stop, held)
-        examples = [run.train_set[i] for i in run.schedule.examples_of(0)]
+        examples = [run.data.train[i] for i in run.schedule.examples_of(0)]
         loop.gradients(run, examples, 100)
         there = [*run.model.parameters(), *run.model.buffers()]
         there += [param.grad for param in run.model.parameters() if param.grad is not None]
