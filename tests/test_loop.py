@@ -43,7 +43,7 @@ from minilora.data.dataset import IGNORE
 from minilora.errors import AdapterError, ConfigError, DivergedError, OutOfMemoryError, StoppedError
 from minilora.lora import lora_layers
 from minilora.models.fingerprint import base_tensors
-from minilora.training import checkpoint, finish, report, setup
+from minilora.training import checkpoint, finish, recovery, report, setup
 from minilora.training.signals import StopRequest
 from minilora.utils import device
 
@@ -897,7 +897,7 @@ def test_nothing_of_a_backward_pass_that_failed_is_held_while_the_step_begins_ag
         return real(hidden, *args)
 
     monkeypatch.setattr(loop, "token_loss", token_loss)
-    monkeypatch.setattr(loop, "free_cached", lambda device: held.append(seen[0]()))
+    monkeypatch.setattr(recovery, "free_cached", lambda device: held.append(seen[0]()))
     loop.train_step(run)
     assert held == [None]
 
