@@ -63,7 +63,7 @@ def whole_file_mistake(path: str, bad: int, good: int) -> str:
         return f"{path}: {several}: {unpack}jq -c . {name} > new.jsonl converts it"
     if 2 * not_utf8 > len(errors):
         number, error = errors[0]
-        gbk = f"If the file is GBK, this converts it: {unpack}iconv -f GB18030 -t UTF-8 {name} > new.jsonl"
+        gbk = f"If the file is GBK: {unpack}iconv -f GB18030 -t UTF-8 {name} > new.jsonl converts it"
         return f"{path}:{number}: {error}; UTF-8 is needed. {gbk}"
     not_json = sum(isinstance(error, NotJson) for _, error in errors)
     opening = sum(line.lstrip().startswith((b"{", b"[")) for _, line in lines)
