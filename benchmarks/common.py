@@ -1,4 +1,4 @@
-"""Shared parts of the measuring scripts: command lines, processes, tables."""
+"""Holds what the measuring scripts share: command lines, processes, tables."""
 
 import argparse
 import json

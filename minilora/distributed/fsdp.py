@@ -40,7 +40,7 @@ def shard(model: Any, world: World, device: torch.device, dtype: torch.dtype) ->
         for layer in decoder.layers:
             fully_shard(layer, mesh=mesh, ignored_params=adapters)
         outside = set(model.parameters()) - {param for layer in decoder.layers for param in layer.parameters()}
-        fully_shard(decoder, mesh=mesh, ignored_params=outside | adapters)  # it holds no shards, but FSDP needs a root
+        fully_shard(decoder, mesh=mesh, ignored_params=outside | adapters)  # it has no shards; it orders the gathering
         for param in outside:
             param.data = param.data.to(device, copy=True)  # a copy, so that the file of the base can leave memory
     nn.Module.to(model, device)  # moves the remaining whole tensors
