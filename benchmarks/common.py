@@ -1,4 +1,4 @@
-"""What the measuring scripts share: their command lines, their processes, their tables."""
+"""Holds what the measuring scripts share: command lines, processes, tables."""
 
 import argparse
 import json
@@ -15,18 +15,18 @@ Result = dict[str, Any]
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line."""
+    """An ArgumentParser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what cannot be obeyed; exit code 2."""
+        """Print the error and exit with code 2."""
         print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def parser_of(script: str, description: str | None) -> Parser:
-    """A parser with the arguments that all these scripts have."""
+    """A parser with the arguments that these scripts share."""
     parser = Parser(script, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="@demo/model", help="model folder; @ is the package's (default: the demo's)")
+    parser.add_argument("--model", default="@demo/model", help="model folder; @ is minilora/ (default: the demo's)")
     parser.add_argument("--train_file", default="@demo/train.jsonl", help="JSONL file of examples")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N")
     parser.add_argument("--flags", default="{}", help="JSON of further minilora keys")
@@ -35,7 +35,7 @@ def parser_of(script: str, description: str | None) -> Parser:
 
 
 def refuse(parser: Parser, args: argparse.Namespace, refusals: dict[str, bool]) -> None:
-    """End with the first message whose mistake was made, of the script's own and of those all can make.
+    """Exit with the first message whose condition is true, from `refusals` or from the checks of all scripts.
 
     Replaces @ in the paths.
     """
@@ -43,10 +43,10 @@ def refuse(parser: Parser, args: argparse.Namespace, refusals: dict[str, bool]) 
         path = getattr(args, name)
         setattr(args, name, str(PACKAGE / path[1:]) if path.startswith("@") else path)
     refusals = refusals | {
-        f"--model {args.model}: no model folder": not (Path(args.model) / "config.json").is_file(),
+        f"--model {args.model}: not a model folder": not (Path(args.model) / "config.json").is_file(),
         f"--train_file {args.train_file}: no such file": not Path(args.train_file).is_file(),
-        f"--out {args.out}: there is no such folder": not args.out.parent.is_dir(),
-        f"--flags {args.flags}: no JSON object": not is_object(args.flags),
+        f"--out {args.out}: its folder does not exist": not args.out.parent.is_dir(),
+        f"--flags {args.flags}: not a JSON object": not is_object(args.flags),
     }
     for message, refused in refusals.items():
         if refused:
@@ -62,11 +62,11 @@ def is_object(text: str) -> bool:
 
 
 class FailedError(Exception):
-    """A script's process ended badly; the text is the last line it said."""
+    """The process of a script failed. The text is the last line of its output."""
 
 
 def written_by(script: str, *words: str) -> Result:
-    """The JSON that a script writes to its --out, in a process of its own. Raises FailedError."""
+    """Run a script in a separate process, and return the JSON that it writes to --out. Raises FailedError."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = [sys.executable, "-m", f"benchmarks.{script}", *words, "--out", str(out)]
@@ -79,7 +79,7 @@ def written_by(script: str, *words: str) -> Result:
 
 
 def in_a_process(script: str, flag: str, keys: Any) -> Result:
-    """What a script writes for one job; a failure stands there as {"failed": why}."""
+    """The JSON that a script writes for one job. A failure gives {"failed": why}."""
     try:
         return written_by(script, flag, json.dumps(keys))
     except FailedError as error:

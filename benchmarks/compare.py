@@ -1,11 +1,12 @@
-"""minilora beside what a user would pick instead: the same rows, one process each, in turn, repeated.
+"""Compares minilora with other trainers: each trains on the same rows in a separate process, in turn, several times.
 
     python -m benchmarks.compare --model FOLDER --train_file rows.jsonl --rows 64 --repeat 3
 
-First every contender says its loss on the answers of the first 32 rows before any training; when these differ by more
-than 1 % they do not compute the same function, and nothing is measured. Then they train in turn. Prints one table
-(medians over the repeats) and writes all figures to --out. "Loss of step 1" is each contender's own report: over other
-rows, as each shuffles by itself, and for the seed over all tokens. Exit code 1: refused, or a contender failed.
+First every contender computes its loss on the answers of the first 32 rows before training. If these losses differ by
+more than 1 %, the contenders do not compute the same function, and nothing is measured. Then they train in turn. The
+script prints one table (medians over the repeats) and writes all figures to --out. "loss of step 1" is what each
+contender reports. It is over different rows, because each contender shuffles the rows itself. For the seed it is over
+all tokens. Exit code 1: refused, or a contender failed.
 """
 
 import argparse
@@ -34,14 +35,14 @@ HEAD = (
 
 
 def run(name: str, args: argparse.Namespace, check: bool = False) -> Result:
-    """What one contender reports, in a process of its own. Raises FailedError."""
+    """Run one contender in a separate process, and return its report. Raises FailedError."""
     words = ["--model", args.model, "--train_file", args.train_file, "--rows", str(args.rows)]
     words += ["--device", args.device, "--flags", args.flags] + ["--check"] * check
     return written_by("contenders", name, *words)
 
 
 def attempt(name: str, args: argparse.Namespace, failed: dict[str, str], check: bool = False) -> Result | None:
-    """`run` for a contender that has not failed yet; its failure is said and kept, and the others go on."""
+    """`run` for a contender that has not failed yet. A failure is printed and stored, and the others continue."""
     if name in failed:
         return None
     try:
@@ -63,7 +64,7 @@ def start_losses(args: argparse.Namespace, failed: dict[str, str]) -> dict[str, 
 
 
 def measure(args: argparse.Namespace, losses: dict[str, float], failed: dict[str, str]) -> dict[str, list[Result]]:
-    """Every contender `repeat` times, in turn, so that a slow hour of the machine meets them all."""
+    """Run every contender `repeat` times, in turn, so that a slow period of the machine affects all of them."""
     results: dict[str, list[Result]] = {}
     for turn in range(args.repeat):
         for name in args.contenders:
@@ -101,7 +102,7 @@ def table(results: dict[str, list[Result]], failed: dict[str, str]) -> str:
 
 
 def describe(args: argparse.Namespace, results: dict[str, list[Result]]) -> Result:
-    """What the figures depend on: versions, machine, date, rows."""
+    """The conditions of the figures: versions, machine, date, rows."""
     info: Result = {name: metadata.version(name) for name in PACKAGES} | {"python": sys.version.split()[0]}
     some = next(iter(results.values()), [{}])[0]
     info |= {key: some[key] for key in ("device", "threads", "tokens", "supervised_tokens") if key in some}
@@ -110,7 +111,7 @@ def describe(args: argparse.Namespace, results: dict[str, list[Result]]) -> Resu
 
 
 def parse() -> argparse.Namespace:
-    """The command line; what cannot be obeyed is refused here."""
+    """Parse and check the command line."""
     parser = parser_of("compare", __doc__)
     parser.add_argument("--rows", type=int, default=64, help=f"a multiple of {EXAMPLES_PER_STEP}")
     parser.add_argument("--repeat", type=int, default=3)
@@ -120,8 +121,8 @@ def parse() -> argparse.Namespace:
     unknown = [name for name in args.contenders if name not in NAMES]
     odd = args.rows < EXAMPLES_PER_STEP or args.rows % EXAMPLES_PER_STEP != 0
     refusals = {
-        f"unknown contenders {', '.join(unknown)}; there are {', '.join(NAMES)}": bool(unknown),
-        f"--rows {args.rows} is no multiple of the {EXAMPLES_PER_STEP} examples of a step": odd,
+        f"unknown contenders {', '.join(unknown)}; the contenders are {', '.join(NAMES)}": bool(unknown),
+        f"--rows {args.rows} is not a multiple of the {EXAMPLES_PER_STEP} examples of a step": odd,
         "--repeat must be at least 1": args.repeat < 1,
     }
     refuse(parser, args, refusals)
@@ -129,7 +130,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Check, measure, report."""
+    """Check, measure and report."""
     args = parse()
     failed: dict[str, str] = {}
     losses = start_losses(args, failed)

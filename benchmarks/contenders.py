@@ -1,9 +1,9 @@
-"""One contender, one process: train one pass over the first rows of a file, and say in JSON how it went.
+"""Runs one contender in this process: it trains one pass over the first rows of a file, and reports figures as JSON.
 
     python -m benchmarks.contenders NAME --model DIR --train_file F --rows 64 --out OUT          the measured run
     python -m benchmarks.contenders NAME --model DIR --train_file F --rows 64 --out OUT --check  the loss before it
 
-compare.py calls both. The check is a run of its own, so that it neither warms the measured one up nor adds to its peak.
+compare.py calls both. The check is a separate run, so that it neither warms up the measured run nor adds to its peak.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STARTED = time.time()  # before torch is imported: the import is part of the way to the first step
+STARTED = time.time()  # before the import of torch, because the first step has to wait for this import
 
 import torch  # noqa: E402
 
@@ -32,7 +32,7 @@ from minilora.utils.device import pick_device, pick_dtype  # noqa: E402
 
 SYSTEM = "你是一个AI助手"
 EXAMPLES_PER_STEP = 32
-MAX_LENGTH = 512  # every contender cuts longer rows here, so that all train on the same tokens
+MAX_LENGTH = 512  # every contender cuts longer rows at this length, so that all train on the same tokens
 RECIPE = {"learning_rate": 1e-4, "weight_decay": 0.01, "max_grad_norm": 0.1, "lr_scheduler_type": "cosine"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 Result = dict[str, Any]
@@ -40,7 +40,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """What all contenders are given: the same model folder and rows. `folder` is theirs to write in."""
+    """The input of a contender: all get the same model folder and rows. A contender may write into `folder`."""
 
     model: str
     rows_file: Path
@@ -51,7 +51,7 @@ class Job:
     save: Path | None = None  # where the adapter goes, in PEFT's format
 
     def rendered(self) -> tuple[list[Row], Dataset]:
-        """The rows, and the tokens by which all are measured: no padding, nothing after the last <|im_end|>."""
+        """The rows, and the tokens that count for all contenders: no padding, nothing after the last <|im_end|>."""
         rows, reading = read_rows(self.rows_file)
         options = {"max_length": MAX_LENGTH, "overlong": "truncate", "train_on_prompt": False}
         markup = ChatMarkup(load_tokenizer(Path(self.model)))
@@ -62,7 +62,7 @@ class Job:
 
 
 def minilora(job: Job, check: bool) -> Result:
-    """What `python train.py` does, without evaluation: its own records say how it went."""
+    """Train as `python train.py` does, without evaluation. The figures come from minilora's own records."""
     from minilora import loop
     from minilora.config import resolve
 
@@ -87,7 +87,7 @@ def minilora(job: Job, check: bool) -> Result:
 
 
 def minilora_start_loss(config: Any) -> float:
-    """Mean nats over the answers' tokens of the first step's worth of rows, by minilora's own evaluation."""
+    """Mean nats over the answers' tokens of the first EXAMPLES_PER_STEP rows, by minilora's own evaluation."""
     from minilora import loop
     from minilora.training.setup import prepare
     from minilora.training.signals import StopRequest
@@ -101,7 +101,7 @@ def minilora_start_loss(config: Any) -> float:
 
 
 def peft_model(job: Job) -> Any:
-    """The base, in bf16 where the hardware has it, with the recipe's LoRA as peft makes it (A and B in fp32)."""
+    """The base, in bf16 if the hardware has it, with the recipe's LoRA from peft (A and B in fp32)."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -120,7 +120,7 @@ def common(job: Job, per_device: int) -> dict[str, Any]:
         "per_device_eval_batch_size": 1,
         "num_train_epochs": 1,
         "seed": job.seed,
-        "warmup_steps": 0.1,  # a share: transformers 5 has no warmup_ratio
+        "warmup_steps": 0.1,  # a ratio: transformers 5 has no warmup_ratio
         "bf16": pick_dtype("auto", job.device) == torch.bfloat16,
         "use_cpu": job.device.type == "cpu",
         "logging_steps": 1,
@@ -131,13 +131,15 @@ def common(job: Job, per_device: int) -> dict[str, Any]:
 
 
 def seed(job: Job, check: bool) -> Result:
-    """The LoRA script of the seed document (its section 5.2), as near as transformers 5 runs it.
+    """The LoRA script of the seed document (its section 5.2), as closely as transformers 5 can run it.
 
-    Every row padded on the left to max_length, gradient checkpointing, all logits; the loss is on every token but
-    padding, as DataCollatorForLanguageModeling makes it (with pad = eos, as in the script, no <|im_end|> either).
-    Two things are not the script's. Its max_length is the length of its FIRST row, which cuts every longer row: other
-    tokens than its peers', and any speed one likes by a choice of that row; here it is MAX_LENGTH. And its
-    prepare_model_for_kbit_training casts the base to fp32; bf16 is the kinder reading.
+    Every row is padded on the left to max_length. The script uses gradient checkpointing and computes all logits.
+    DataCollatorForLanguageModeling puts the loss on every token except padding. In the script pad = eos, so no
+    <|im_end|> counts either.
+    Two things differ from the script:
+    - Its max_length is the length of the FIRST row, and every longer row is cut. So its tokens would differ from those
+      of the other contenders, and the first row would decide the speed. Here max_length is MAX_LENGTH.
+    - Its prepare_model_for_kbit_training casts the base to fp32. Here the base is in bf16, which is faster.
     """
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -162,16 +164,17 @@ def seed(job: Job, check: bool) -> Result:
 
 
 def seed_text(row: Row) -> str:
-    """The seed's format_prompt: ChatML written as text, without a newline at its end."""
+    """The seed's format_prompt: ChatML as text, without a newline at its end."""
     turns = [f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>" for turn in row.turns]
     system = [] if row.turns[0].role == "system" else [f"<|im_start|>system\n{SYSTEM}<|im_end|>"]
     return "\n".join(system + turns)
 
 
 def trl(job: Job, check: bool, per_device: int, sampling: str = "random") -> Result:
-    """TRL's SFTTrainer + peft: loss on the answers only, its head fused with its loss, no checkpointing.
+    """TRL's SFTTrainer + peft: loss on the answers only, head and loss fused, no checkpointing.
 
-    It also trains the newline after each <|im_end|>, one token a row more than the others; that token is not counted.
+    It also trains on the newline after each <|im_end|>. That is one token more for each row than the other contenders.
+    This token is not counted.
     """
     from datasets import Dataset as Table
     from trl import SFTConfig, SFTTrainer
@@ -191,14 +194,14 @@ def trl(job: Job, check: bool, per_device: int, sampling: str = "random") -> Res
         processing_class=load_tokenizer(Path(job.model)),
     )
     if check:
-        trainer.args.train_sampling_strategy = "random"  # grouped, evaluation too would take the rows in another order
+        trainer.args.train_sampling_strategy = "random"  # grouping would also reorder the evaluation
         first = trainer.train_dataset.select(range(EXAMPLES_PER_STEP))
         return {"start_completion_loss": trainer_start_loss(trainer, first, dataset, same_mask=True)}
     return run_trainer(trainer, job)
 
 
 def conversation(row: Row) -> dict[str, Any]:
-    """A row as TRL's conversational prompt and completion; the tokenizer's chat template renders it."""
+    """A row as TRL's conversational prompt and completion. The tokenizer's chat template renders it."""
     turns = [{"role": turn.role, "content": turn.content} for turn in row.turns]
     if turns[0]["role"] != "system":
         turns = [{"role": "system", "content": SYSTEM}, *turns]
@@ -207,10 +210,10 @@ def conversation(row: Row) -> dict[str, Any]:
 
 @torch.no_grad()
 def trainer_start_loss(trainer: Any, first: Any, dataset: Dataset, same_mask: bool) -> float:
-    """Mean nats over the answers' tokens of the first rows, as the trainer itself collates and computes them.
+    """Mean nats over the answers' tokens of the first rows. The trainer collates and computes them itself.
 
-    Row by row, with the seed's padding. Raises RuntimeError when a row's tokens (with same_mask: its labels too) are
-    not those of the shared rendering: such a contender would not train on the same rows.
+    The computation is row by row; the seed keeps its padding. Raises RuntimeError if the tokens of a row differ from
+    the shared rendering, because such a contender would not train on the same rows. same_mask: compare the labels too
     """
     nats, supervised = 0.0, 0
     model = trainer.model.eval()
@@ -234,7 +237,7 @@ def trainer_start_loss(trainer: Any, first: Any, dataset: Dataset, same_mask: bo
 
 
 def run_trainer(trainer: Any, job: Job) -> Result:
-    """Train, timing from the beginning of the first step to the end of the last."""
+    """Train, and measure the time from the beginning of the first step to the end of the last step."""
     from transformers import TrainerCallback
 
     times: list[float] = []
@@ -265,7 +268,7 @@ def run_trainer(trainer: Any, job: Job) -> Result:
 
 
 def now(device: torch.device) -> float:
-    """The wall clock in seconds, once the device has done what it was given."""
+    """The wall clock in seconds, after all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.time()
@@ -275,14 +278,14 @@ def now(device: torch.device) -> float:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory so far: allocated on the card, or resident on the CPU."""
+    """The peak memory so far: allocated memory on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """The machine as this process saw it."""
+    """The device and the number of threads of this process."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(), "threads": torch.get_num_threads()}
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -291,9 +294,9 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 def measured(job: Job, contender: "Contender") -> Result:
-    """A contender's run with everything that follows from it."""
+    """Run a contender, and add its peak memory, its tokens and its speed."""
     result = contender(job, False)
-    peaks = {"peak_bytes": peak_bytes(job.device)}  # of the whole process: minilora's check of what it saved, too
+    peaks = {"peak_bytes": peak_bytes(job.device)}  # of the whole process, with minilora's check of its result
     if job.device.type == "cuda":
         peaks["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
     _, dataset = job.rendered()
@@ -311,7 +314,7 @@ def measured(job: Job, contender: "Contender") -> Result:
 
 
 def first_rows(train_file: str, count: int) -> bytes:
-    """The first `count` lines of a file that are not empty. Raises ValueError when there are fewer."""
+    """The first `count` non-empty lines of a file. Raises ValueError if there are fewer."""
     lines = [line for line in Path(train_file).read_bytes().split(b"\n") if line.strip()][:count]
     if len(lines) < count:
         raise ValueError(f"{train_file} has {len(lines)} rows, {count} are asked for")
@@ -342,7 +345,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for the adapter")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a Trainer would spread over all cards
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # a Trainer would use all GPUs
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     with tempfile.TemporaryDirectory() as folder:

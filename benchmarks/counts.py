@@ -1,11 +1,11 @@
-"""One training step of Qwen2-0.5B's shape on fake tensors: figures that no noisy machine can blur.
+"""Counts one training step with the shapes of Qwen2-0.5B on fake tensors. The figures do not depend on the machine.
 
     python -m benchmarks.counts --tokens 4096 --examples 8
 
-Forward, loss and backward of one micro-batch run under torch's FakeTensorMode, which knows shapes but holds no numbers:
-seconds, no weights, no memory, the same result everywhere. Counted are the operations torch dispatches, the FLOPs of
-the matrix products and of attention among them, and the storages that are alive. What a kernel allocates for itself
-and gives back before it returns is not seen.
+Forward, loss and backward of one micro-batch run under torch's FakeTensorMode. Its tensors have shapes and no numbers,
+so the script needs only seconds, no weights and little memory. It counts the operations that torch dispatches, the
+FLOPs of matrix products and attention, and the bytes of the live storages. It does not count memory that a kernel
+allocates and frees internally.
 """
 
 import argparse
@@ -44,7 +44,7 @@ CONTENDERS = ("minilora", "peft")
 
 @dataclass(frozen=True)
 class Counts:
-    """What one micro-batch costs; tokens are those of the examples, the last of each included."""
+    """The cost of one micro-batch. `tokens` includes the last token of each example."""
 
     contender: str
     form: str
@@ -52,15 +52,15 @@ class Counts:
     tokens: int
     examples: int
     flops: int
-    saved_bytes: int  # alive between forward and backward, beyond the weights and the batch
-    peaks_bytes: tuple[int, ...]  # most alive at once, beyond the weights and the batch, stretch by stretch
-    operations: int  # dispatched, views included
-    kernels: int  # those that are no views
+    saved_bytes: int  # alive between forward and backward, without the weights and the batch
+    peaks_bytes: tuple[int, ...]  # the peak of each stretch of the step, without the weights and the batch
+    operations: int  # dispatched operations, views included
+    kernels: int  # operations that are not views
     names: dict[str, int]  # the operations by name
 
     @property
     def peak_bytes(self) -> int:
-        """Most alive at once, beyond the weights and the batch."""
+        """The peak of live memory, without the weights and the batch."""
         return max(self.peaks_bytes)
 
     @property
@@ -70,14 +70,16 @@ class Counts:
 
     @property
     def saved_bytes_per_token(self) -> float:
-        """Bytes kept for backward, per token."""
+        """Bytes saved for backward, per token."""
         return self.saved_bytes / self.tokens
 
 
 def formula_flops_per_token(tokens_per_example: int, layers: int = 24) -> float:
-    """By hand: body forward and d input, head on supervised rows only, attention; no d weight, no LoRA.
+    """The FLOPs per token by formula.
 
-    Attention: 2 products forward, 5 backward (scores are computed again), over the tokens that are seen.
+    The formula has the layers with the gradient of their input, the head on supervised rows, and attention. It has no
+    gradient of weights and no LoRA. Attention has 2 products forward and 5 backward (the scores are recomputed), over
+    the tokens that each token attends to.
     """
     hidden = SHAPE["hidden_size"]
     kv = hidden * SHAPE["num_key_value_heads"] // SHAPE["num_attention_heads"]
@@ -88,7 +90,7 @@ def formula_flops_per_token(tokens_per_example: int, layers: int = 24) -> float:
 
 
 def whole(contender: str, layers: int = 24, **size: Any) -> Counts:
-    """`count` of the whole model from 2 and 3 of its layers: every one but the first costs the same."""
+    """The `count` of the whole model, from counts of 2 and 3 layers: every layer except the first costs the same."""
     few, more = (count(contender, layers=number, **size) for number in LAYERS)
     steps = layers - LAYERS[0]
 
@@ -110,10 +112,11 @@ def count(
     form: str = "cpu",
     layers: int = 24,
 ) -> Counts:
-    """The figures of one micro-batch of `examples` equal examples, `tokens` in all, half of them supervised.
+    """The figures of one micro-batch of `examples` equal examples with `tokens` tokens in total. Half are supervised.
 
-    form: cpu, or cuda for minilora as it runs there (peft is counted on the CPU, where its dropout keeps fp32 noise)
-    Raises ValueError for a contender that is none of CONTENDERS and for a form that is not there.
+    form: cpu, or cuda for the operations of minilora on CUDA. peft is counted on the CPU, where its dropout keeps fp32
+        noise.
+    Raises ValueError for an unknown contender, and for a form that the contender does not have.
     """
     if contender not in CONTENDERS:
         raise ValueError(f"{contender!r} is none of {', '.join(CONTENDERS)}")
@@ -125,7 +128,7 @@ def count(
     with FakeTensorMode(), as_on(form), ExitStack() as held:
         to_fake(model)
         inputs = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in inputs]
-        if checkpointing:  # random numbers have no state here, so there is none to bring back
+        if checkpointing:  # random numbers have no state here, so none is preserved
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False, "preserve_rng_state": False})
         held.enter_context(packed(model) if contender == "minilora" else nullcontext())
@@ -149,7 +152,7 @@ Step = tuple[Any, Forward, list[Tensor]]  # the model, its forward, inputs of th
 
 
 def base_model(layers: int) -> Any:
-    """A model of SHAPE in bf16 on the meta device, where weights take no memory and layers can be exchanged."""
+    """A model of SHAPE in bf16 on the meta device, where weights need no memory and layers can be replaced."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(**SHAPE | {"num_hidden_layers": layers})
@@ -159,7 +162,7 @@ def base_model(layers: int) -> Any:
 
 
 def minilora_step(model: Any, length: int, examples: int, dropout: float) -> Step:
-    """minilora's micro-batch, as `minilora.loop.gradients` runs it; no two examples share a prefix."""
+    """The micro-batch of minilora, as `minilora.loop.gradients` runs it. Examples share no prefix."""
     attention.register()
     lora.inject(model, TARGETS, RANK, ALPHA, dropout)
     decoder.speed_up(model)
@@ -173,7 +176,7 @@ def minilora_step(model: Any, length: int, examples: int, dropout: float) -> Ste
 
 
 def peft_step(model: Any, length: int, examples: int, dropout: float) -> Step:
-    """peft's layers and Hugging Face's own loss, as a Trainer runs them: all logits, (examples, length) at once."""
+    """peft's layers and Hugging Face's loss, as a Trainer runs them, with all logits of (examples, length) at once."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, lora_dropout=dropout, task_type="CAUSAL_LM")
@@ -181,11 +184,11 @@ def peft_step(model: Any, length: int, examples: int, dropout: float) -> Step:
     ids = torch.zeros(examples, length, dtype=torch.int64)
 
     def forward(inputs: list[Tensor]) -> Tensor:
-        # Rows of one length need no mask; on fake tensors transformers cannot see that, and would build one.
+        # Rows of equal length need no mask. transformers cannot see this on fake tensors, and would build a mask.
         no_mask = {"full_attention": None}
         return model(input_ids=inputs[0], attention_mask=no_mask, labels=inputs[1], use_cache=False).loss
 
-    return model, forward, [ids, ids]  # which labels are supervised changes nothing here
+    return model, forward, [ids, ids]  # the labels do not change the counts
 
 
 def example(length: int) -> Example:

@@ -1,9 +1,9 @@
-"""Equal learning: minilora and TRL train on the same rows for the same steps, and are scored on held-out rows.
+"""Checks equal learning: minilora and TRL train on the same rows for the same steps, and held-out rows score both.
 
     python -m benchmarks.learning --model FOLDER --train_file rows.jsonl --rows 256 --held_out 64 --seeds 1,2
 
-Each contender saves its adapter in PEFT's format, and minilora's `eval` scores both: nats a supervised token, with the
-same rendering and mask. Exit code 1 when minilora's loss is above its peer's by more than 0.5 %.
+Each contender saves its adapter in PEFT's format. `minilora eval` scores both in nats per supervised token, with the
+same rendering and mask. Exit code 1: minilora's loss is more than 0.5 % above the loss of its peer.
 """
 
 import argparse
@@ -18,7 +18,7 @@ MAX_RATIO = 1.005
 
 
 def train(name: str, seed: int, args: argparse.Namespace, folder: Path) -> Path:
-    """The adapter that a contender leaves, trained in a process of its own."""
+    """Train a contender in a separate process. Returns the folder of its adapter."""
     adapter = folder / f"{name}-{seed}"
     words = ["--model", args.model, "--device", args.device, "--train_file", args.train_file, "--flags", args.flags]
     try:
@@ -29,7 +29,7 @@ def train(name: str, seed: int, args: argparse.Namespace, folder: Path) -> Path:
 
 
 def held_out_loss(adapter: Path | None, rows: Path, args: argparse.Namespace) -> float:
-    """Nats a supervised token of the base with this adapter, or of the base alone."""
+    """Nats per supervised token of the base with this adapter, or of the base alone."""
     from minilora.inference.evaluate import Request, evaluate
 
     request = Request(
@@ -44,7 +44,7 @@ def held_out_loss(adapter: Path | None, rows: Path, args: argparse.Namespace) ->
 
 
 def main() -> int:
-    """Train, score, print one row for each seed."""
+    """Train and score, and print one row for each seed."""
     parser = parser_of("learning", __doc__)
     parser.add_argument("--rows", type=int, default=256, help=f"a multiple of {EXAMPLES_PER_STEP}")
     parser.add_argument("--held_out", type=int, default=64, help="rows after those, to score on")
@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--peer", default="trl-grouped")
     args = parser.parse_args()
     odd = args.rows < EXAMPLES_PER_STEP or args.rows % EXAMPLES_PER_STEP != 0
-    refuse(parser, args, {f"--rows {args.rows} is no multiple of the {EXAMPLES_PER_STEP} examples of a step": odd})
+    refuse(parser, args, {f"--rows {args.rows} is not a multiple of the {EXAMPLES_PER_STEP} examples of a step": odd})
     results, worst = [], 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,11 +1,11 @@
-"""The output head with its loss, forward and backward: all logits, the supervised rows' logits, chunks of them.
+"""Measures the output head and its loss, forward and backward: with all logits, supervised rows only, or in chunks.
 
     python -m benchmarks.lm_head --tokens 1024 --supervised 512 --threads 2
 
-Hidden states and head are bf16, Qwen2-0.5B's size; the head is frozen, the hidden states want a gradient. The extra
-memory is the most that is in use at once beyond what there was before: on CUDA by its allocator; on the CPU by the
-kernel's high-water mark of resident memory, for which malloc gives back all that is free before, and maps every block
-of 64 KB or more by itself (the times are taken earlier, with malloc as it is).
+Hidden states and head are in bf16 and have the size of Qwen2-0.5B. The head is frozen, and the hidden states need a
+gradient. Extra memory is the peak of a step minus the memory before it. On CUDA the allocator reports it. On a CPU it
+is the kernel's high-water mark of resident memory. For this measurement, malloc first returns all free memory, and
+maps every block of 64 KB or more separately. The times are measured before that, with malloc unchanged.
 """
 
 import argparse
@@ -28,12 +28,12 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden (T, hidden), weight 
 
 
 def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """As Hugging Face does it: logits of all positions, in fp32 for the loss; labels that do not count are ignored."""
+    """The loss as in Hugging Face: logits of all positions, in fp32 for the loss; IGNORE labels do not count."""
     return F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=IGNORE, reduction="sum")
 
 
 def supervised(loss: Loss) -> Loss:
-    """The same loss over the supervised rows only."""
+    """The same loss on the supervised rows only."""
 
     def of_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         rows = (labels != IGNORE).nonzero()[:, 0]
@@ -43,12 +43,12 @@ def supervised(loss: Loss) -> Loss:
 
 
 def chunked(rows: int) -> Loss:
-    """minilora's loss, so many rows at a time."""
+    """minilora's loss, with `rows` rows at a time."""
     return lambda hidden, weight, labels: token_loss(hidden, weight, labels, rows)
 
 
 def contenders(chunk_rows: list[int]) -> dict[str, Loss]:
-    """Every method by name; torch's own fused one where this torch has it."""
+    """Every method by name, with torch's own fused loss if this torch has it."""
     methods = {"all logits": full_logits, "logits of supervised rows": supervised(full_logits)}
     methods |= {f"minilora, chunks of {rows:,}": supervised(chunked(rows)) for rows in chunk_rows}
     if hasattr(F, "linear_cross_entropy"):
@@ -59,7 +59,7 @@ def contenders(chunk_rows: list[int]) -> dict[str, Loss]:
 
 
 def torchs_own(chunks: bool) -> Loss:
-    """torch.nn.functional.linear_cross_entropy, with its default options for chunks or without."""
+    """torch.nn.functional.linear_cross_entropy, with its default options for chunks or without them."""
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         options = {"options": torch.nn.LinearCrossEntropyOptions()} if chunks else {}
@@ -69,15 +69,15 @@ def torchs_own(chunks: bool) -> Loss:
 
 
 def step(loss: Loss, hidden: Tensor, weight: Tensor, labels: Tensor) -> float:
-    """Forward and backward; returns the nats, so that a wrong method is seen."""
+    """Forward and backward. Returns the nats, which show a wrong method."""
     hidden.grad = None
     nats = loss(hidden, weight, labels)
     (nats / len(labels)).backward()
-    return nats.item()  # on CUDA this waits
+    return nats.item()  # on CUDA this waits for the device
 
 
 def milliseconds(repeat: int, *given: object) -> list[float]:
-    """Times of `step`, after one that does not count."""
+    """The times of `step`, without the first call."""
     times = []
     for _ in range(repeat + 1):
         began = time.perf_counter()
@@ -89,7 +89,7 @@ def milliseconds(repeat: int, *given: object) -> list[float]:
 
 
 def extra_bytes(*given: object) -> int | None:
-    """Most memory in use at once during a `step`, beyond that before it; None where it cannot be measured."""
+    """The peak memory during a `step` minus the memory before it. None if it cannot be measured."""
     hidden = given[1]
     assert isinstance(hidden, Tensor)
     hidden.grad = None
@@ -100,7 +100,7 @@ def extra_bytes(*given: object) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     give_back_free_memory()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = resident("VmRSS")
         step(*given)
         return resident("VmHWM") - before
@@ -109,13 +109,13 @@ def extra_bytes(*given: object) -> int | None:
 
 
 def resident(key: str) -> int:
-    """VmRSS (now) or VmHWM (the most so far) of this process, in bytes."""
+    """VmRSS (the present value) or VmHWM (the peak) of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(key))) * 1024
 
 
 def give_back_free_memory() -> None:
-    """Make free memory count as free (glibc; elsewhere nothing happens): else a step could use it and not be seen."""
+    """Return free memory to the system (glibc only). Otherwise a step could use it, and no growth would be visible."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_BYTES)
@@ -148,7 +148,7 @@ def main() -> None:
     print(f"{args.supervised:,} of {args.tokens:,} tokens supervised, {name}, torch {torch.__version__}\n")
     print("| method | ms, median (min - max) | extra memory, MB | nats a token |\n| --- | --- | --- | --- |")
     for method, loss in methods.items():
-        nats = step(loss, hidden, weight, labels) / args.supervised  # and fills what is filled only once
+        nats = step(loss, hidden, weight, labels) / args.supervised  # also warms up caches
         extra = extra_bytes(loss, hidden, weight, labels)
         spread = f"{statistics.median(times[method]):.0f} ({min(times[method]):.0f} - {max(times[method]):.0f})"
         memory = "not measured" if extra is None else f"{extra / 1e6:.0f}"

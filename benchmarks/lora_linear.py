@@ -1,9 +1,9 @@
-"""One LoRA layer, forward and backward: the plain formula, minilora's hand-written function, peft's layer.
+"""Measures one LoRA layer, forward and backward: the plain formula, minilora's own function, and peft's layer.
 
     python -m benchmarks.lora_linear --tokens 1024 --threads 2
 
-Sizes are those of Qwen2-0.5B. All run under bf16 autocast over a bf16 base, as in training; x wants a gradient. Saved
-are the distinct storages that autograd keeps for backward, weights left out, x included.
+The sizes are those of Qwen2-0.5B. All run under bf16 autocast on a bf16 base, as in training. x needs a gradient. The
+saved memory is that of the distinct storages that autograd keeps for backward, with x and without the weights.
 """
 
 import argparse
@@ -22,7 +22,7 @@ Layer = Callable[[Tensor], Tensor]
 
 
 def layers(base: nn.Linear, dropout: float) -> dict[str, tuple[Layer, list[nn.Parameter]]]:
-    """Each contender's layer over the same base, with the parameters it trains."""
+    """The layer of each contender on the same base, with its trained parameters."""
     own = LoRALinear(base, RANK, ALPHA, dropout)
     nn.init.normal_(own.lora_B)
     given = (base.weight, base.bias, own.lora_A, own.lora_B, own.scale, dropout)
@@ -35,7 +35,7 @@ def layers(base: nn.Linear, dropout: float) -> dict[str, tuple[Layer, list[nn.Pa
 
 
 def peft_layer(base: nn.Linear, dropout: float) -> tuple[Layer, list[nn.Parameter]]:
-    """peft's own layer, with A and B in fp32 as get_peft_model makes them."""
+    """peft's layer, with A and B in fp32 as in get_peft_model."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=["linear"])
@@ -54,7 +54,7 @@ def step(layer: Layer, x: Tensor, dy: Tensor) -> None:
 
 
 def milliseconds(layer: Layer, trained: list[nn.Parameter], x: Tensor, dy: Tensor, repeat: int) -> list[float]:
-    """Times of forward and backward, after three that do not count."""
+    """The times of forward and backward, without the first three calls."""
     times = []
     for _ in range(repeat + 3):
         for tensor in (x, *trained):
@@ -66,16 +66,16 @@ def milliseconds(layer: Layer, trained: list[nn.Parameter], x: Tensor, dy: Tenso
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The time in seconds, after all work on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def saved_bytes(layer: Layer, weights: list[Tensor], x: Tensor) -> int:
-    """Bytes of the distinct storages kept for backward, other than those of the weights."""
+    """The bytes of the distinct storages kept for backward, without those of the weights."""
     weight_storages = {weight.untyped_storage()._cdata for weight in weights}
-    kept: dict[int, Tensor] = {}  # holding the tensors, so that no storage's address is used twice
+    kept: dict[int, Tensor] = {}  # keeps the tensors, so that no storage's address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor

@@ -1,13 +1,14 @@
-"""Memory of a card and traffic of a step, from Qwen 0.5B to 72B on 1 to 512 cards: computed, nothing is run.
+"""Computes the memory of a card and the traffic of a step, from Qwen 0.5B to 72B on 1 to 512 cards, without a GPU.
 
     python -m benchmarks.scaling --methods lora --ranks 8,64 --cards 1,8,64
 
-Memory is what `minilora.training.memory_estimate` says: one step of two and of three layers
-on fake tensors, drawn out to all of them.
-Traffic is counted from the parameters: what a card receives in an optimizer step, and sends as much. Replicas add up
-their gradients in one all-reduce (a ring: twice the buffer, but for the own part). Shards are gathered for the forward
-and again for the backward pass of each micro-batch, but for the own part; where every weight is trained, gradients are
-scattered, too. Shapes: the published config.json of Qwen2.5. Prints Markdown.
+`minilora.training.memory_estimate` predicts the memory. It runs one step of two and of three layers on fake tensors,
+and extrapolates to all layers.
+Traffic is counted from the parameters. It is the number of bytes that a card receives in an optimizer step. A card
+sends the same number. Replicas sum their gradients in one ring all-reduce: each card receives twice the buffer, without
+its own part. Shards are gathered for the forward pass and again for the backward pass of each micro-batch. Each card
+receives all parts except its own. If every weight is trained, gradients are also scattered. The shapes are those of
+the published config.json of Qwen2.5. The script prints Markdown.
 """
 
 import argparse
@@ -36,13 +37,13 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, 
     "32B": (5120, 27648, 64, 40, 8, 152064, False),
     "72B": (8192, 29568, 80, 64, 8, 152064, False),
 }
-TOKENS, LENGTH, SUPERVISED_SHARE = 8192, 512, 0.5  # of a micro-batch, of its rows
+TOKENS, LENGTH, SUPERVISED_SHARE = 8192, 512, 0.5  # tokens of a micro-batch; tokens of a row, supervised share
 FP32 = torch.float32.itemsize
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: of all decoder layers, of embedding and head, and of what is trained."""
+    """Numbers of parameters: all decoder layers, embedding, head, norm, and all trained parameters."""
 
     layers: int
     embedding: int
@@ -52,7 +53,7 @@ class Sizes:
 
 
 def write_shape(folder: Path, name: str) -> Path:
-    """A folder with nothing but the config.json of a Qwen2.5."""
+    """Make a folder that contains only the config.json of a Qwen2.5."""
     from transformers import Qwen2Config
 
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[name]
@@ -74,7 +75,7 @@ def write_shape(folder: Path, name: str) -> Path:
 
 
 def sizes_of(config: TrainConfig, folder: Path) -> Sizes:
-    """Counted on one layer of the meta device, with what minilora puts into it."""
+    """Count the parameters on one layer on the meta device, after minilora has made it trainable."""
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     model = empty_model(folder, torch.float32, 1)
     base = sum(param.numel() for param in model.get_decoder().layers[0].parameters())
@@ -88,9 +89,9 @@ def sizes_of(config: TrainConfig, folder: Path) -> Sizes:
 
 
 def traffic(sizes: Sizes, method: str, fsdp: bool, cards: int, micro_batches: int, itemsize: int = 2) -> float:
-    """Bytes that each card receives in an optimizer step, of so many micro-batches on each card.
+    """The bytes that each card receives in an optimizer step of `micro_batches` micro-batches on each card.
 
-    itemsize: of the numbers in which layers are gathered; gradients are added up in fp32.
+    itemsize: bytes of a number when layers are gathered. Gradients are summed in fp32.
     """
     others = (cards - 1) / cards
     if not fsdp:
@@ -98,14 +99,14 @@ def traffic(sizes: Sizes, method: str, fsdp: bool, cards: int, micro_batches: in
     layers = 2 * sizes.layers * itemsize  # forward and backward
     if method == "lora":
         return (micro_batches * layers + 2 * (sizes.trained + 1) * FP32) * others
-    root = 2 * (sizes.embedding + sizes.norm) * FP32  # with its norm, forward and backward
+    root = 2 * (sizes.embedding + sizes.norm) * FP32  # embedding and norm, forward and backward
     head = (sizes.head or sizes.embedding) * FP32  # gathered for the loss
     scattered = (sizes.layers + sizes.embedding + sizes.norm) * FP32 + head
     return (micro_batches * (layers + root + head + scattered) + 2 * FP32) * others
 
 
 def memory(config: TrainConfig, folder: Path, shards: int, checkpointing: bool) -> float:
-    """Bytes at the peak of a card."""
+    """The peak memory of a card, in bytes."""
     setup = Setup(config, folder, torch.bfloat16, "cuda", checkpointing, shards)
     ids = np.zeros(LENGTH + 1, np.int32)
     labels = np.where(np.arange(LENGTH + 1) < LENGTH * (1 - SUPERVISED_SHARE) + 1, IGNORE, ids).astype(np.int32)
@@ -113,12 +114,12 @@ def memory(config: TrainConfig, folder: Path, shards: int, checkpointing: bool) 
 
 
 def gb(num_bytes: float) -> str:
-    """Bytes for a table."""
+    """A number of bytes as a text for a table."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 def memory_table(config: TrainConfig, folders: dict[str, Path], cards: list[int], fsdp: bool) -> str:
-    """Markdown: the peak of a card over models and numbers of cards, without and with checkpointing."""
+    """A Markdown table of the peak of a card, by model and number of cards, without and with checkpointing."""
     counts = [count for count in cards if count > 1] if fsdp else [1]
     heads = [f"{count} cards" for count in counts] if fsdp else ["every card"]
     lines = ["| Qwen2.5 | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(counts)]
@@ -134,7 +135,7 @@ def memory_table(config: TrainConfig, folders: dict[str, Path], cards: list[int]
 def traffic_table(
     configs: dict[str, TrainConfig], folders: dict[str, Path], cards: list[int], fsdp: bool, micro_batches: int
 ) -> str:
-    """Markdown: what a card receives in a step, over models and numbers of cards."""
+    """A Markdown table of what a card receives in a step, by model and number of cards."""
     counts = [count for count in cards if count > 1]
     heads = [f"{name}, {count} cards" for name in configs for count in counts]
     lines = ["| Qwen2.5 | " + " | ".join(heads) + " |", "| --- |" + " --- |" * len(heads)]
@@ -150,7 +151,7 @@ def traffic_table(
 
 
 def main() -> None:
-    """Print the tables that were asked for."""
+    """Print the requested tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(SHAPES))
     parser.add_argument("--methods", default="lora,full")

@@ -1,10 +1,10 @@
-"""What it saves to compute the system prompt of a micro-batch's rows once: the same rows and steps, with and without.
+"""Measures the gain of computing the system prompt of a micro-batch once: the same rows and steps, without and with it.
 
     python -m benchmarks.shared_prefix --model FOLDER --train_file rows.jsonl --rows 32 --prompts 13,100,500
 
-A prompt of N tokens stands before each row (with its markup a few more are shared). Each run is a process of its own;
-the loss of the first step must be the same (dropout 0), and its gradient norm. The last peak is that of a third run,
-which shares nothing and has as many rows in a micro-batch as the one that shares.
+Each row begins with a prompt of N tokens. The prompt's markup adds a few shared tokens. Each run is a separate process.
+The loss and the gradient norm of the first step must be the same (dropout 0). The last peak is that of a third run,
+which does not share the prompt and has as many rows in a micro-batch as the run that shares it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SENTENCE = "你是一个乐于助人的助手，请用简洁、准确、礼貌�
 
 
 def prompt_of(tokenizer: Any, tokens: int) -> str:
-    """A system prompt of about so many tokens; the seed's for the shortest."""
+    """A system prompt of about `tokens` tokens. For a small number it is the seed's prompt."""
     if len(tokenizer.encode(SYSTEM)) >= tokens - 8:  # its markup counts: <|im_start|>, system, \n, <|im_end|>, ...
         return SYSTEM
     ids = tokenizer.encode(SENTENCE)
@@ -31,7 +31,7 @@ def prompt_of(tokenizer: Any, tokens: int) -> str:
 
 
 def budget_of_as_many_rows(tokenizer: Any, prompt: str, args: argparse.Namespace) -> int:
-    """The tokens of a micro-batch that holds the rows which meet in one where the prompt is shared."""
+    """The token limit that, without sharing, gives micro-batches with as many rows as sharing does."""
     from minilora.batching import default_tokens, pack_examples
     from minilora.config import TrainConfig
     from minilora.data.dataset import tokenize
@@ -49,7 +49,7 @@ def budget_of_as_many_rows(tokenizer: Any, prompt: str, args: argparse.Namespace
 
 
 def train(prompt: str, share: str, args: argparse.Namespace, max_tokens: int = 0) -> Result:
-    """One step's worth of rows at a time, in a process of its own."""
+    """Train on the rows in a separate process. Returns its summary, with the record of the first step."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = folder / "rows.jsonl"

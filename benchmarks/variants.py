@@ -1,13 +1,13 @@
-"""Every variant of training side by side: the same steps on the same rows, each in a process of its own.
+"""Compares every variant of training: each makes the same steps on the same rows in a separate process.
 
     python -m benchmarks.variants --model FOLDER --train_file rows.jsonl --steps 20
 
-lora, rslora, dora, lora+ (ratio 16), pissa, qlora (4 bit; where bitsandbytes is installed) and full (every weight, at a
-tenth of the rate), r 8, alpha 32, dropout 0.05 on q/k/v/o. The first rows are trained on, the --held_out rows after
-them are what "held-out" is computed on, before and after. Then, in another process, the adapter is loaded on the base
-in fp32 by peft and by minilora, and their logits on a held-out row are compared. Peak memory is that of training: on a
-CPU the process's resident memory, the interpreter's included. Prints one table and writes all figures to --out. Exit
-code 1: a variant failed, or peft computes other logits; 2: bad arguments.
+The variants are lora, rslora, dora, lora+ (ratio 16), pissa, qlora (4 bits, if bitsandbytes is installed) and full
+(every weight, at a tenth of the rate), with r 8, alpha 32, dropout 0.05 on q/k/v/o. Training uses the first rows. The
+"held-out" losses before and after it are over the --held_out rows after them. Then, in another process, peft and
+minilora each load the adapter on the base in fp32, and their logits on a held-out row are compared. Peak memory is
+that of training. On a CPU it is the resident memory of the process, with the interpreter. The script prints one table
+and writes all figures to --out. Exit code 1: a variant failed, or peft computes other logits; 2: bad arguments.
 """
 
 import argparse
@@ -33,8 +33,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qlora": {"load_in_4bit": True},
     "full": {"method": "full"},
 }
-FULL_RATE = 0.1  # of the others' learning rate
-MAX_DIFFERENCE = 1e-4  # of logits in fp32, between peft and minilora
+FULL_RATE = 0.1  # the factor of the learning rate for `full`
+MAX_DIFFERENCE = 1e-4  # the largest allowed difference of logits in fp32 between peft and minilora
 COMPARED_TOKENS = 128
 HEAD = (
     *("variant", "loss, first step", "loss, last step", "held-out before", "held-out after", "peak memory GiB"),
@@ -43,7 +43,7 @@ HEAD = (
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; what cannot be obeyed is refused here."""
+    """Parse and check the command line."""
     parser = parser_of("variants", __doc__)
     parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)}")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
@@ -55,7 +55,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.variants = list(dict.fromkeys(args.variants.split(",")))
     unknown = [name for name in args.variants if name not in VARIANTS]
     refusals = {
-        f"--variants: {', '.join(unknown)}: there are {', '.join(VARIANTS)}": bool(unknown),
+        f"--variants: unknown {', '.join(unknown)}; the variants are {', '.join(VARIANTS)}": bool(unknown),
         "--steps, --examples and --held_out must be at least 1": min(args.steps, args.examples, args.held_out) < 1,
     }
     refuse(parser, args, refusals)
@@ -63,13 +63,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def split_rows(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
-    """(the rows that are trained on, those held out), files in `folder`."""
+    """Write the training rows and the held-out rows to two files in `folder`. Returns their paths."""
     lines = [line for line in Path(args.train_file).read_bytes().split(b"\n") if line.strip()]
     wanted = args.steps * args.examples
     if len(lines) <= args.held_out:
         print(f"variants: --train_file has {len(lines)} rows, --held_out takes {args.held_out}", file=sys.stderr)
         raise SystemExit(2)
-    wanted = min(wanted, len(lines) - args.held_out)  # fewer: several passes over them
+    wanted = min(wanted, len(lines) - args.held_out)  # with fewer rows, training makes several passes
     train, held_out = folder / "train.jsonl", folder / "held_out.jsonl"
     train.write_bytes(b"\n".join(lines[:wanted]) + b"\n")
     held_out.write_bytes(b"\n".join(lines[wanted : wanted + args.held_out]) + b"\n")
@@ -86,13 +86,13 @@ def keys_of(variant: str, args: argparse.Namespace, rows: tuple[Path, Path], fol
 
 
 def train_one(keys: Result) -> Result:
-    """Train one variant in this process, and say how it went."""
+    """Train one variant in this process, and return its figures."""
     from minilora import loop
     from minilora.config import resolve
     from minilora.inference import generate
     from minilora.models import probe
 
-    generate.sample_answers = lambda _: [""] * len(probe.SAMPLE_PROMPTS)  # how it speaks is not measured here
+    generate.sample_answers = lambda _: [""] * len(probe.SAMPLE_PROMPTS)  # sample answers are not measured here
     summary = loop.train(resolve("lora", keys))
     result = Path(keys["output_dir"]) / summary.result
     names = ("first_loss", "last_loss", "first_eval_loss", "last_eval_loss", "peak_memory_bytes", "tokens_per_second")
@@ -103,7 +103,7 @@ def train_one(keys: Result) -> Result:
 
 
 def compare_one(keys: Result) -> Result:
-    """The largest difference of logits between peft and minilora, each with the adapter on the base in fp32."""
+    """The largest logit difference between peft and minilora, each with the adapter on the base in fp32."""
     import gc
 
     import torch
@@ -131,12 +131,12 @@ JOBS = {"train": train_one, "compare": compare_one}
 
 
 def in_a_process(job: str, keys: Result) -> Result:
-    """A job in a process of its own."""
+    """Run a job in a separate process."""
     return common.in_a_process("variants", "--job", [job, keys])
 
 
 def measure(keys: Result) -> Result:
-    """Train a variant; where an adapter comes out, see what peft makes of it."""
+    """Train a variant. If the result is an adapter, compare it with peft."""
     found = in_a_process("train", keys)
     if "adapter" not in found:
         return found
@@ -145,14 +145,14 @@ def measure(keys: Result) -> Result:
 
 
 def difference_of(result: Result) -> str:
-    """The last cell of a row."""
+    """The text of the last cell of a row."""
     if "failed_in_peft" in result:
         return f"failed: {result['failed_in_peft']}"
     return f"{result['max_logit_difference']:.1e}" if "max_logit_difference" in result else "no adapter"
 
 
 def table(found: dict[str, Result]) -> str:
-    """All variants as Markdown."""
+    """The figures of all variants as a Markdown table."""
     lines = [row(HEAD), row(("---",) * len(HEAD))]
     for variant, result in found.items():
         if "failed" in result:
@@ -166,12 +166,12 @@ def table(found: dict[str, Result]) -> str:
 
 
 def is_good(result: Result) -> bool:
-    """Whether a variant was trained and peft computes the same."""
+    """Whether a variant was trained and peft computes the same logits."""
     return not {"failed", "failed_in_peft"} & set(result) and result.get("max_logit_difference", 0) <= MAX_DIFFERENCE
 
 
 def main(argv: list[str]) -> int:
-    """Measure every variant in turn; or, for --job, do this one."""
+    """Measure every variant in turn. With --job, run only this job."""
     args = parse(argv)
     if args.job:
         job, keys = json.loads(args.job)
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
         return 0
     if "qlora" in args.variants and importlib.util.find_spec("bitsandbytes") is None:
         args.variants.remove("qlora")
-        print("qlora: left out, bitsandbytes is not installed", flush=True)
+        print("qlora: left out, because bitsandbytes is not installed", flush=True)
     found = {}
     with tempfile.TemporaryDirectory() as name:
         rows = split_rows(args, Path(name))

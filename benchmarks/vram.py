@@ -1,11 +1,12 @@
-"""Peak memory and speed over micro-batch tokens, checkpointing and method, predicted beside measured.
+"""Measures peak memory and speed by micro-batch tokens, checkpointing and method, and compares them with predictions.
 
     python -m benchmarks.vram --model FOLDER --train_file rows.jsonl --tokens 512,2048 --steps 3
 
-Each setting trains --steps optimizer steps in a process of its own. Speed is the median of the steps after the first.
-"The largest" is the largest micro-batch there really was: a step of few rows cannot fill a large budget. On a CPU the
-peak is the process's resident memory, the interpreter's included; on CUDA it is what was allocated. Prints two tables,
-all settings and full against LoRA, and writes all figures to --out. Exit code 1: a setting failed; 2: bad arguments.
+Each setting trains --steps optimizer steps in a separate process. The speed is the median of the steps after the first.
+"the largest" is the largest micro-batch of the run: a step of few rows cannot reach a large token limit. On a CPU the
+peak is the resident memory of the process, with the interpreter. On CUDA it is the allocated memory. The script prints
+two tables, one of all settings and one of full training against LoRA. It writes all figures to --out. Exit code 1: a
+setting failed; 2: bad arguments.
 """
 
 import argparse
@@ -26,9 +27,9 @@ SWITCHES = {"off": False, "on": True}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line; what cannot be obeyed is refused here."""
+    """Parse and check the command line."""
     parser = parser_of("vram", __doc__)
-    parser.add_argument("--tokens", default="512,2048,8192", help="token budgets of a micro-batch")
+    parser.add_argument("--tokens", default="512,2048,8192", help="token limits of a micro-batch")
     parser.add_argument("--checkpointing", default="off,on")
     parser.add_argument("--methods", default="lora,full")
     parser.add_argument("--examples", type=int, default=32, help="of an optimizer step")
@@ -38,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.tokens = [int(text) if text.isdecimal() else 0 for text in args.tokens.split(",")]
     args.checkpointing, args.methods = args.checkpointing.split(","), args.methods.split(",")
     refusals = {
-        "--tokens: whole numbers of at least 1, commas between them": min(args.tokens) < 1,
+        "--tokens: whole numbers of at least 1, separated by commas": min(args.tokens) < 1,
         "--checkpointing: off, on or off,on": not set(args.checkpointing) <= set(SWITCHES),
         "--methods: lora, full or lora,full": not set(args.methods) <= set(METHODS),
         "--examples must be at least 1": args.examples < 1,
@@ -63,7 +64,7 @@ def settings(args: argparse.Namespace) -> list[Result]:
 
 
 def train_one(keys: Result) -> Result:
-    """Train one setting in this process, and say what it took."""
+    """Train one setting in this process, and return its figures."""
     from minilora import loop
     from minilora.config import resolve
     from minilora.inference import generate
@@ -77,7 +78,7 @@ def train_one(keys: Result) -> Result:
         return batch
 
     original, memory_estimate.largest_batch = memory_estimate.largest_batch, remembered
-    generate.sample_answers = lambda _: [""] * len(probe.SAMPLE_PROMPTS)  # how it speaks is not measured here
+    generate.sample_answers = lambda _: [""] * len(probe.SAMPLE_PROMPTS)  # sample answers are not measured here
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         summary = loop.train(resolve("lora", keys | {"output_dir": str(run)}))
@@ -96,19 +97,19 @@ def train_one(keys: Result) -> Result:
 
 
 def reserved() -> Result:
-    """What the allocator of a card held at most."""
+    """The peak of the memory that the CUDA allocator reserved."""
     import torch
 
     return {"reserved_bytes": torch.cuda.max_memory_reserved()} if torch.cuda.is_initialized() else {}
 
 
 def measure(keys: Result) -> Result:
-    """`train_one` in a process of its own."""
+    """Run `train_one` in a separate process."""
     return in_a_process("vram", "--one", keys)
 
 
 def table(found: list[tuple[Result, Result]]) -> str:
-    """All settings as Markdown."""
+    """The figures of all settings as a Markdown table."""
     head = ["method", "checkpointing", "micro-batch of up to", "the largest", "predicted GiB", "measured GiB"]
     head += ["measured / predicted", "tokens/s"]
     lines = [row(head), row(["---"] * len(head))]
@@ -127,7 +128,7 @@ def table(found: list[tuple[Result, Result]]) -> str:
 
 
 def methods_table(found: list[tuple[Result, Result]]) -> str:
-    """Full against LoRA, each at the first setting of its own that went well."""
+    """Full training against LoRA, each at its first setting that did not fail."""
     good = [(keys, result) for keys, result in found if "failed" not in result]
     firsts = {keys["method"]: (keys, result) for keys, result in reversed(good)}
     head = ["method", "trainable parameters", "share", "peak memory GiB", "tokens/s", "size of the result MB"]
@@ -140,7 +141,7 @@ def methods_table(found: list[tuple[Result, Result]]) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Measure every setting in turn; or, for --one, this one."""
+    """Measure every setting in turn. With --one, measure only this setting."""
     args = parse(argv)
     if args.one:
         args.out.write_text(json.dumps(train_one(json.loads(args.one))), "utf-8")

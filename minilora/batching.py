@@ -1,7 +1,7 @@
-"""The examples of one optimizer step, cut into micro-batches without padded rows; the collator.
+"""Packs the examples of one optimizer step into micro-batches without padded rows, and collates them.
 
-How a step is cut cannot change its gradient (the loss is the sum over all its tokens divided by their number),
-so the cut is free: it serves speed and memory only.
+The loss is the sum over all tokens of the step, divided by their number. So the division into micro-batches cannot
+change the gradient of the step. It affects only speed and memory.
 """
 
 import dataclasses
@@ -17,25 +17,27 @@ from minilora.data.dataset import IGNORE, Example
 
 
 def shares_prefix(config: TrainConfig, device_type: str) -> bool:
-    """Whether a micro-batch computes what all its rows begin with only once."""
+    """Whether a micro-batch computes the tokens that all its rows begin with only once."""
     return config.share_prefix == "on" or (config.share_prefix == "auto" and device_type == "cpu")
 
 
-TOKENS_MULTIPLE = 8  # of a micro-batch: bf16 products with other numbers of rows take up to a quarter longer on a CPU
-MICRO_BATCH_TOKENS = {"cpu": 960, "cuda": 16384}  # of a CUDA device: less where that is predicted not to fit
-SHARED_PREFIXES = 3  # a micro-batch has more room by so many times the tokens that its rows share
+TOKENS_MULTIPLE = 8  # bf16 products with another number of rows take up to a quarter longer on a CPU
+MICRO_BATCH_TOKENS = {"cpu": 960, "cuda": 16384}  # on CUDA a run takes fewer if this is predicted not to fit
+SHARED_PREFIXES = 3  # a shared prefix raises the token limit of a micro-batch by 3 times its length
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples laid end to end, no row padded; attention never crosses them and positions restart.
+    """Examples laid end to end. No row is padded, attention never crosses examples, and positions restart at each one.
 
-    T = input tokens (each example's last token is only a target; a shared prefix is there once), filled up at the end
-    to a multiple of TOKENS_MULTIPLE; S = supervised targets
+    T = input tokens, filled up at the end to a multiple of TOKENS_MULTIPLE. The last token of each example is only a
+    target. A shared prefix is present once.
+    S = supervised targets
     input_ids, position_ids: (1, T)
     layout: which of the T tokens belong to which example
-    rows: (S,) positions in 0..T-1 whose next token is supervised; the prefix's last one may stand there for several
-    targets: (S,) the tokens to be predicted there
+    rows: (S,) positions in 0..T-1 whose next token is supervised. The last position of a shared prefix can occur in
+        it several times.
+    targets: (S,) the tokens to predict at these positions
     """
 
     input_ids: torch.Tensor
@@ -45,7 +47,7 @@ class Batch:
     targets: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; a CUDA device copies from pinned memory, so that nobody waits for it."""
+        """The same batch on a device. The copy to a CUDA device is asynchronous, from pinned memory."""
         tensors = [self.input_ids, self.position_ids, self.rows, self.targets]
         if device.type == "cuda":
             tensors = [tensor.pin_memory() for tensor in tensors]
@@ -53,14 +55,14 @@ class Batch:
         return Batch(ids, positions, self.layout, rows, targets)
 
     def unsupervised(self) -> "Batch":
-        """The same tokens, none of which counts: the loss is zero, and so is its gradient."""
+        """The same tokens with no supervised target: the loss and its gradient are zero."""
         return dataclasses.replace(self, rows=self.rows[:0], targets=self.targets[:0])
 
 
 def collate(examples: Sequence[Example], share_prefix: bool = False) -> Batch:
-    """Examples as one Batch: the shift to next-token targets happens here, and only here.
+    """Makes one Batch of the examples. The shift to next-token targets happens only here.
 
-    share_prefix: tokens that all examples begin with, none of them supervised, are computed once for all.
+    share_prefix: compute the unsupervised tokens that all examples begin with once for all of them
     """
     prefix = common_prefix(examples) if share_prefix else 0
     lengths = [len(example.input_ids) - 1 - prefix for example in examples]
@@ -81,7 +83,7 @@ def collate(examples: Sequence[Example], share_prefix: bool = False) -> Batch:
 
 
 def common_prefix(examples: Sequence[Example]) -> int:
-    """How many tokens all examples begin with, none supervised; each keeps an input token of its own."""
+    """How many unsupervised tokens all examples begin with. Each example keeps at least one input token of its own."""
     if len(examples) < 2:
         return 0
     longest = min(len(example.input_ids) for example in examples) - 2
@@ -93,34 +95,35 @@ def common_prefix(examples: Sequence[Example]) -> int:
 
 
 def micro_batches(examples: Sequence[Example], max_tokens: int, share_prefix: bool = False) -> Iterator[Batch]:
-    """Examples, cut and collated: each Batch has at most max_tokens tokens of examples, or is one example.
+    """Packs and collates the examples. Each Batch has at most max_tokens tokens of examples, or holds one example.
 
-    What all the examples begin with counts once for each Batch where it is shared, not once for each example.
+    A shared prefix counts once for each Batch, not once for each example.
     """
     for part in pack_examples(examples, max_tokens, share_prefix):
         yield collate([examples[i] for i in part], share_prefix)
 
 
 def default_tokens(device_type: str, examples: Sequence[Example], share_prefix: bool) -> int:
-    """How many tokens a micro-batch of such examples is given where nothing else is asked.
+    """The default token limit of a micro-batch of these examples.
 
-    The longer a shared prefix is, the more rows must meet at it for it to pay.
+    A longer shared prefix raises the limit, because sharing saves more when more rows use the same prefix.
     """
     shared = common_prefix(examples) if share_prefix else 0
     return MICRO_BATCH_TOKENS[device_type] + SHARED_PREFIXES * shared
 
 
 def pack_examples(examples: Sequence[Example], max_tokens: int, share_prefix: bool) -> list[list[int]]:
-    """Which examples stand together in each micro-batch, by their indices."""
+    """The indices of the examples in each micro-batch."""
     shared = common_prefix(examples) if share_prefix else 0
     return pack([len(example.input_ids) - 1 - shared for example in examples], max_tokens - shared)
 
 
 def pack(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Cut the examples of a step into micro-batches of at most max_tokens tokens each; returns their indices.
+    """Pack the examples of a step into micro-batches of at most max_tokens tokens each. Returns their indices.
 
-    Longest first into the fullest micro-batch that still has room (best-fit decreasing); an example longer than the
-    budget is alone. A pure function of its arguments, so that a resumed run cuts as the first did.
+    The method is best-fit decreasing: the longest example comes first, and each goes into the fullest micro-batch that
+    still has room. An example longer than max_tokens is alone. The result depends only on the arguments, so a resumed
+    run makes the same micro-batches.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), i))
     bins: list[list[int]] = []
@@ -139,10 +142,11 @@ def pack(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]
 
 
 def split_across_ranks(lengths: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
-    """Share the examples of a step out to so many processes, about the same number of tokens to each; their indices.
+    """Divide the examples of a step among `parts` processes, with about equal numbers of tokens. Returns their indices.
 
-    Longest first to the process that has least so far. A pure function of its arguments: each process computes it
-    alone. With fewer examples than processes some get none.
+    The longest example comes first, and each goes to the process with the fewest tokens so far. The result depends only
+    on the arguments, so each process computes it by itself. If there are fewer examples than processes, some processes
+    get none.
     """
     shares: list[list[int]] = [[] for _ in range(parts)]
     loads = [0] * parts

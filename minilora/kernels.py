@@ -1,4 +1,4 @@
-"""RMSNorm, SwiGLU, rotary embedding and dropout as autograd functions."""
+"""Computes RMSNorm, SwiGLU, rotary embedding and dropout, with backward passes written by hand."""
 
 import functools
 import math
@@ -14,12 +14,13 @@ Wrap = Callable[[Function], Function]  # eager | compiled
 
 
 def draw_dropped(x: Tensor, dropout: float) -> Tensor:
-    """Which elements of x a dropout zeroes: a mask of x's shape, or on the CPU their flat positions when they are few.
+    """Draw the elements of x that dropout sets to zero.
 
-    There the gaps between dropped elements are drawn, from their geometric distribution: the same Bernoulli process
-    with one draw for each element that is dropped instead of one for each element.
+    Returns a mask of x's shape. On the CPU, if few elements are dropped, returns their flat positions. In that case the
+    gaps between dropped elements are drawn from a geometric distribution. This is the same Bernoulli process, but it
+    needs one draw for each dropped element instead of one for each element.
     """
-    if x.is_cuda or dropout > 1 / torch.int64.itemsize:  # a position takes 8 bytes, an element of a mask one
+    if x.is_cuda or dropout > 1 / torch.int64.itemsize:  # a position needs 8 bytes, an element of a mask needs one
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(dropout)
     size, positions = x.numel(), torch.zeros(0, dtype=torch.int64)
     while (last := int(positions[-1]) if len(positions) else -1) < size:
@@ -30,12 +31,12 @@ def draw_dropped(x: Tensor, dropout: float) -> Tensor:
 
 
 def zeroed(x: Tensor, dropped: Tensor | None) -> Tensor:
-    """A copy of x without the dropped elements (x itself when there are none)."""
+    """A copy of x with the dropped elements set to zero. If `dropped` is None, returns x itself."""
     return x if dropped is None else zero_(x.clone(memory_format=torch.contiguous_format), dropped)
 
 
 def zero_(x: Tensor, dropped: Tensor) -> Tensor:
-    """Set the dropped elements of x, as `draw_dropped` names them, to zero."""
+    """Set the dropped elements of x to zero in place. `dropped` is a result of `draw_dropped`."""
     if dropped.dtype == torch.bool:
         return x.masked_fill_(dropped, 0)
     x.view(-1).index_fill_(0, dropped, 0)
@@ -43,17 +44,18 @@ def zero_(x: Tensor, dropped: Tensor) -> Tensor:
 
 
 def first_derivative_only(backward: Function) -> Function:
-    """A backward pass that raises RuntimeError where a second derivative is asked for (create_graph=True).
+    """Make a backward pass raise RuntimeError if a second derivative is asked for (create_graph=True).
 
-    It is written by hand and not differentiable itself: autograd would give a wrong second derivative without a word.
+    A backward pass written by hand is not differentiable: without this check, autograd would give a wrong second
+    derivative and no error.
     """
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grad_outputs: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "minilora's backward passes give first derivatives only, and create_graph=True asks for second ones: "
-                "use the plain formulas (plain_lora_linear, plain_loss, plain_attention) for these"
+                "minilora's backward passes give first derivatives only, and create_graph=True asks for second "
+                "derivatives. Use the plain formulas for them (plain_lora_linear, plain_loss, plain_attention)."
             )
         return backward(ctx, *grad_outputs)
 
@@ -61,18 +63,21 @@ def first_derivative_only(backward: Function) -> Function:
 
 
 def eager(function: Function) -> Function:
-    """The function as it stands, operation by operation."""
+    """The function itself, which runs operation by operation."""
     return function
 
 
 @functools.cache
 def compiled(function: Function) -> Function:
-    """The function as one kernel, for all numbers of tokens. What lies between its operations is never rounded."""
+    """The function compiled to one kernel for any number of tokens. It does not round intermediate results."""
     return torch.compile(function, dynamic=True)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """weight * (x / rms(x)) as Qwen2RMSNorm computes it; saves x and one number a row, nothing in fp32 of x's size."""
+    """weight * (x / rms(x)), as Qwen2RMSNorm computes it.
+
+    It saves x and one fp32 number for each row, but no fp32 tensor of x's size.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, wrap: Wrap) -> Tensor:
@@ -89,7 +94,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x: (..., hidden) -> the normed x, (..., hidden), and 1 / rms(x), (..., 1)"""
+    """x: (..., hidden) -> (the normalised x: (..., hidden), 1 / rms(x): (..., 1))"""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (wide * rstd).to(x.dtype) * weight, rstd
@@ -106,7 +111,7 @@ def _norm_backward(
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up (arXiv:2002.05202); saves only its two inputs."""
+    """silu(gate) * up (arXiv:2002.05202). It saves only its two inputs."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, wrap: Wrap) -> Tensor:
@@ -130,7 +135,7 @@ def _swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tens
 
 
 class _Rotary(torch.autograd.Function):
-    """Rotary position embedding (arXiv:2104.09864), x cos + rotate_half(x) sin, saving neither x nor its rotation."""
+    """Rotary position embedding (arXiv:2104.09864): x cos + rotate_half(x) sin. It saves only cos and sin."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, wrap: Wrap) -> Tensor:
@@ -146,7 +151,7 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (1, T, heads, head_dim), cos, sin: (1, T, head_dim), whose two halves are equal."""
+    """x: (1, T, heads, head_dim), cos and sin: (1, T, head_dim). The two halves of cos are equal, and those of sin."""
     half = x.shape[-1] // 2
     cos, sin = cos[..., None, :half], sin[..., None, :half]  # (1, T, 1, half)
     first, second = x[..., :half], x[..., half:]

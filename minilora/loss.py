@@ -1,4 +1,4 @@
-"""From hidden states to the summed loss of the supervised tokens, without ever holding all logits."""
+"""Computes the summed loss of the supervised tokens from their hidden states, a chunk of logits at a time."""
 
 import math
 from typing import Any
@@ -9,24 +9,26 @@ from torch import Tensor
 
 from minilora.kernels import first_derivative_only
 
-CHUNK_ROWS = {"cpu": 256, "cuda": 768}  # logits of so many positions exist at a time: 78 MB, 233 MB in bf16 for Qwen
-WIDE_ROWS = {"cpu": 8, "cuda": 256}  # of them in fp32; on the CPU as many as stay in the cache
+CHUNK_ROWS = {"cpu": 256, "cuda": 768}  # positions whose logits exist at a time: 78 MB, 233 MB in bf16 for Qwen
+WIDE_ROWS = {"cpu": 8, "cuda": 256}  # positions converted to fp32 at a time; on the CPU, as many as fit the cache
 
 
 def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The formula itself; `token_loss` is tested against it: sum over rows of -log softmax(hidden @ weight.T)[target].
+    """The plain formula: the sum over rows of -log softmax(hidden @ weight.T)[target].
 
-    hidden: (S, hidden), weight: (vocabulary, hidden), targets: (S,); returns nats, a scalar
+    The tests compare `token_loss` with it.
+    hidden: (S, hidden), weight: (vocabulary, hidden), targets: (S,) -> nats, a scalar
     """
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
 
 def token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int | None = None) -> Tensor:
-    """Summed nats of the supervised tokens, computed `chunk_rows` rows at a time (as suits the device).
+    """Summed nats of the supervised tokens, computed `chunk_rows` rows at a time. The default depends on the device.
 
-    hidden: (S, hidden), weight: (vocabulary, hidden), targets: (S,); returns nats, an fp32 scalar.
-    The gradient of a chunk's logits, softmax - onehot, is turned into d hidden (and d weight, where it is trained)
-    while the chunk is there, so backward needs no logits (as in arXiv:2410.10989, section 3.2).
+    hidden: (S, hidden), weight: (vocabulary, hidden), targets: (S,) -> nats, an fp32 scalar
+    The gradient of a chunk's logits is softmax - onehot. The forward pass computes it and its product d hidden (and
+    d weight, if the weight is trained) while the chunk is in memory. So the backward pass needs no logits
+    (arXiv:2410.10989, section 3.2).
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
@@ -45,11 +47,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_weight = torch.zeros_like(weight) if needs_weight else None
         wide_rows = WIDE_ROWS.get(hidden.device.type, chunk_rows)
         num_chunks = max(1, math.ceil(len(hidden) / chunk_rows))
-        chunk_rows = max(1, math.ceil(len(hidden) / num_chunks))  # all of about one size
-        buffer = hidden.new_empty(min(chunk_rows, len(hidden)), len(head))  # one for all: new pages cost a fifth more
+        chunk_rows = max(1, math.ceil(len(hidden) / num_chunks))  # chunks of nearly equal size
+        buffer = hidden.new_empty(min(chunk_rows, len(hidden)), len(head))  # reused: new pages cost a fifth more
         for start in range(0, len(hidden), chunk_rows):
             rows = slice(start, min(start + chunk_rows, len(hidden)))
-            logits = buffer[: rows.stop - start]  # (chunk, vocabulary); d logits will take their place
+            logits = buffer[: rows.stop - start]  # (chunk, vocabulary); d logits overwrite them
             torch.mm(hidden[rows], head.T, out=logits)
             for narrow, target in zip(logits.split(wide_rows), targets[rows, None].split(wide_rows), strict=True):
                 wide = narrow.to(accumulate)
@@ -69,11 +71,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """d nats is one number (1 / N), so both gradients are only scaled."""
+        """The gradient of nats is one number (1 / N), so both gradients are only multiplied by it."""
         d_hidden, d_weight = ctx.saved_tensors
         scale = grad_outputs[0]
         return (
-            None if d_hidden is None else d_hidden * scale,  # a number of no dimension: the products keep their dtype
+            None if d_hidden is None else d_hidden * scale,  # scale has no dimension, so d_hidden keeps its dtype
             None if d_weight is None else d_weight * scale,
             *(None, None, None),
         )

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, and the learning rate as a pure function of the step."""
+"""Makes AdamW with its parameter groups, and computes the learning rate from the number of the step."""
 
 import math
 
@@ -7,11 +7,11 @@ from torch import nn
 
 
 def learning_rate(step: int, num_steps: int, peak: float, shape: str, warmup_ratio: float) -> float:
-    """The rate of optimizer step `step` (counted from 0) of num_steps.
+    """The learning rate of optimizer step `step` (counted from 0) of num_steps.
 
-    It rises linearly over the first ceil(warmup_ratio * num_steps) steps, reaching `peak` at the last of them, then
-    follows `shape` (cosine, linear, constant) towards 0 one step after the end. No step has rate 0, unlike Hugging
-    Face's schedules, whose first step with warm-up learns nothing.
+    The rate rises linearly over the first ceil(warmup_ratio * num_steps) steps and reaches `peak` at the last of them.
+    Then it follows `shape` (cosine, linear, constant). Cosine and linear would reach 0 one step after the end.
+    No step has rate 0. In Hugging Face's schedules the first step of a warm-up has rate 0 and changes nothing.
     """
     warmup = math.ceil(warmup_ratio * num_steps)
     if step < warmup:
@@ -23,10 +23,10 @@ def learning_rate(step: int, num_steps: int, peak: float, shape: str, warmup_rat
 
 
 def make_optimizer(model: nn.Module, weight_decay: float, loraplus_lr_ratio: float = 1.0) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over the trainable parameters; vectors (biases, norms, magnitudes) are not decayed.
+    """AdamW (arXiv:1711.05101) over the trainable parameters. Vectors (biases, norms, magnitudes) have no weight decay.
 
-    Each group has an "lr_ratio", by which the step's learning rate is multiplied: that of the B of LoRA+
-    (arXiv:2402.12354) is loraplus_lr_ratio, all others' is 1.
+    Each group has an "lr_ratio", which multiplies the learning rate of the step. It is loraplus_lr_ratio for the B
+    matrices (LoRA+, arXiv:2402.12354) and 1 for all other parameters.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, param in model.named_parameters():

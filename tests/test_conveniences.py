@@ -282,7 +282,7 @@ def test_a_run_of_two_files_says_what_it_takes_of_each(start, two_files, capsys,
     said = capsys.readouterr().out
     for file, count, taken in ((two_files[0], 12, 24), (two_files[1], 6, 3)):
         assert f"{file}: {count} of {count} rows kept" in said
-        assert f"an epoch takes {taken} of its {count} rows, by its weight" in said
+        assert f"an epoch takes {taken} of its {count} rows, because of its weight" in said
     assert run.schedule.num_examples == 27
     epoch = np.concatenate([run.schedule.examples_of(step) for step in range(run.schedule.steps_per_epoch)])
     assert np.bincount(run.data.train.sources[epoch]).tolist() == [24, 3]
@@ -368,8 +368,8 @@ def test_repeats_are_counted_and_left_out_where_that_is_asked_for(start, tmp_pat
     run = start(train_file=files, output_dir=str(tmp_path / "kept"))
     assert len(run.data.train) == 7
     said = data_lines(capsys)
-    assert said.count("repeats of an earlier row, to the token: 2") == 1
-    assert said.count("repeats of an earlier row, to the token: 1") == 1
+    assert said.count("rows with the same tokens as an earlier row: 2") == 1
+    assert said.count("rows with the same tokens as an earlier row: 1") == 1
 
     run = start(train_file=files, deduplicate=True, output_dir=str(tmp_path / "removed"))
     assert run.data.train.places(np.arange(4)) == f"{first}, lines [1, 2]; {second}, lines [1, 3]"
@@ -412,8 +412,8 @@ def test_rows_of_the_evaluation_set_among_those_of_training_are_told(make_config
     train = rows_of(tmp_path / "a.jsonl", A, B, C, A)
     valid = rows_of(tmp_path / "v.jsonl", A, D, D)
     _, notes = sets_of(train_file=str(train), eval_file=str(valid))
-    assert "rows that the evaluation set holds too, to the token: 2; its loss will flatter" in notes[0]
-    assert notes[1] == ["repeats of an earlier row, to the token: 1"]  # the evaluation file's own
+    assert "rows with the same tokens as a row of the evaluation set: 2; its loss is too low" in notes[0]
+    assert notes[1] == ["rows with the same tokens as an earlier row: 1"]  # the evaluation file's own
 
     twice = rows_of(tmp_path / "t.jsonl", *[row for row in (A, B, C, D) for _ in range(2)])
     keys = {"train_file": str(twice), "val_size": 0.4, "seed": 3}
@@ -421,7 +421,7 @@ def test_rows_of_the_evaluation_set_among_those_of_training_are_told(make_config
     held_out = set(sets.eval.keys.tolist())
     shared = sum(key in held_out for key in sets.train.keys.tolist())
     assert shared > 0
-    assert f"rows that the evaluation set holds too, to the token: {shared}; its loss will flatter" in notes[0]
+    assert f"rows with the same tokens as a row of the evaluation set: {shared}; its loss is too low" in notes[0]
     assert sets_of(**keys, deduplicate=True)[1] == [[]]
 
 

@@ -1,1 +1,1 @@
-"""Adapters in PEFT's file format: read, written, merged, exported."""
+"""Reads, writes, merges and exports adapters in PEFT's file format."""

@@ -1,6 +1,6 @@
-"""For those with a training loop of their own: an adapter put into a transformers model, saved, loaded, folded in.
+"""Adds, loads, saves and merges an adapter on a transformers model, for users with their own training loop.
 
-The names exported by the package stay as they are; all of them take a model as `AutoModelForCausalLM` gives it.
+The package exports these names, and they stay the same. Each function takes a model of `AutoModelForCausalLM`.
 """
 
 from collections.abc import Sequence
@@ -30,14 +30,15 @@ def add_adapter(
     use_dora: bool = TrainConfig.use_dora,
     seed: int = TrainConfig.seed,
 ) -> AdapterConfig:
-    """Freeze a model and put a fresh adapter around its linear layers; only A and B of each then want a gradient.
+    """Freeze a model and put a new adapter around its linear layers. Only the adapter's tensors then need a gradient.
 
-    target_modules: names of linear layers, or attn | mlp | all. Returns the settings, which `save_adapter` wants.
-    Raises ConfigError for values that cannot be, AdapterError when there is an adapter on the model.
+    target_modules: names of linear layers, or attn | mlp | all
+    Returns the settings, which `save_adapter` needs. Raises ConfigError for invalid values. Raises AdapterError if the
+    model already has an adapter.
     """
     _refuse_second(model)
     checked = TrainConfig(
-        target_modules=target_modules,  # type: ignore[arg-type]  # a text is read, too
+        target_modules=target_modules,  # type: ignore[arg-type]  # a text is accepted too
         lora_r=lora_r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -53,10 +54,10 @@ def add_adapter(
 
 
 def load_adapter(model: Any, folder: str | Path, allow_other_base: bool = False) -> AdapterConfig:
-    """Put a saved adapter on the base it was trained on, to answer with or to go on training.
+    """Put a saved adapter on the base that it was trained on, to generate answers or to continue training.
 
-    Whether it is that base is unknown where transformers has loaded it in 4 or 8 bits; shapes are checked all the same.
-    Raises AdapterError that names what does not fit; the model is unchanged then.
+    If transformers has loaded the base in 4 or 8 bits, only shapes are checked, not the base's fingerprint.
+    Raises AdapterError that names what does not fit. The model is unchanged then.
     """
     _refuse_second(model)
     identity = _identity(model)
@@ -68,13 +69,14 @@ def load_adapter(model: Any, folder: str | Path, allow_other_base: bool = False)
 def save_adapter(
     model: Any, folder: str | Path, config: AdapterConfig, tokenizer: Any = None, system_prompt: str = ""
 ) -> None:
-    """Write the adapter on a model in PEFT's format, with the base's fingerprint, and the tokenizer where one is given.
+    """Write the adapter of a model in PEFT's format, with the base's fingerprint. Also write the tokenizer, if given.
 
-    config: what `add_adapter` or `load_adapter` returned. system_prompt: the one it was trained with, for `chat`.
-    Raises AdapterError when there is no adapter on the model, DivergedError when it is not finite.
+    config: what `add_adapter` or `load_adapter` returned
+    system_prompt: the system prompt of the training; `chat` uses it
+    Raises AdapterError if the model has no adapter, and DivergedError if the adapter is not finite.
     """
     if not lora_layers(model):
-        raise AdapterError("there is no adapter on this model: add_adapter or load_adapter puts one there")
+        raise AdapterError("there is no adapter on this model. Use add_adapter or load_adapter first")
     path = Path(folder)
     metadata = {"system_prompt": system_prompt}
     if identity := _identity(model):
@@ -89,10 +91,11 @@ def save_adapter(
 
 @torch.no_grad()
 def merge_adapter(model: Any) -> None:
-    """Fold the adapter into the weights, in fp32 and rounded once: plain linear layers are left, the same function.
+    """Add the adapter to the weights, in fp32 with one rounding. The layers are then plain linear layers.
 
-    Layers that are disabled lose their adapter without a change. From disk to disk, without a model in memory:
-    `minilora merge`. Raises AdapterError for a base in 4 or 8 bits.
+    The function of the model stays the same. Disabled layers lose their adapter, and their weights do not change.
+    `minilora merge` merges from disk to disk, without the model in memory.
+    Raises AdapterError for a base in 4 or 8 bits.
     """
     if any(is_quantised(layer.base_layer) for layer in lora_layers(model).values()):
         raise AdapterError("this base is in 4 or 8 bits: save the adapter, load it on the plain base, and merge there")
@@ -105,17 +108,17 @@ def merge_adapter(model: Any) -> None:
 
 
 def _identity(model: Any) -> str:
-    """The base's fingerprint; empty where it was loaded in few bits by others, so that nobody has seen its weights."""
+    """The base's fingerprint. Empty if another program loaded the base in 4 or 8 bits: its weights are not known."""
     held = any(isinstance(layer, nn.Linear) and is_quantised(layer) for layer in model.modules())
     return "" if held and not hasattr(model, "base_fingerprint") else fingerprint(model)
 
 
 def _refuse_second(model: nn.Module) -> None:
     if lora_layers(model):
-        raise AdapterError("there is an adapter on this model: merge_adapter folds it in, Adapters holds several")
+        raise AdapterError("there is an adapter on this model: merge_adapter merges it, Adapters holds several")
 
 
 def _in_step(model: nn.Module) -> None:
-    """New layers drop out where the model is in training mode, and only there; a loaded base is in evaluation mode."""
+    """Put new layers into the mode of the model, so that dropout is active only in training mode."""
     for layer in lora_layers(model).values():
         layer.train(model.training)

@@ -1,4 +1,4 @@
-"""Writes an adapter for other programs, and gives the commands with which they use it."""
+"""Writes an adapter for other programs, and gives the commands to use it there."""
 
 import json
 import re
@@ -18,14 +18,14 @@ from minilora.models.trained import GENERATION, end_tokens, read_generation, wri
 from minilora.utils import files
 
 COPIED = (".json", ".jinja", ".txt", ".model", ".md")  # tokenizer, chat template
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be; its default is 16
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank; the default is 16
 
 
 def export_portable(folder: Path, output_folder: Path) -> AdapterConfig:
-    """Write the same adapter with its scale folded into B: lora_alpha = r, use_rslora false, so that the scale is 1.
+    """Write the same adapter with B multiplied by the scale. Then lora_alpha = r, use_rslora is false, the scale is 1.
 
     It is for programs that read only alpha / r, or no scale. The base is not needed. Returns the source's settings.
-    Raises AdapterError when it is not a whole LoRA adapter, or when output_folder already holds something.
+    Raises AdapterError if the source is not a whole LoRA adapter, or if output_folder is not empty.
     """
     config = adapter_format.read_config(folder)
     if config.dora:
@@ -34,7 +34,7 @@ def export_portable(folder: Path, output_folder: Path) -> AdapterConfig:
             "adapter into its base: python -m minilora merge"
         )
     if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
-        raise AdapterError(f"{output_folder} is a file, or not empty: give another --output_dir")
+        raise AdapterError(f"{output_folder} is a file or is not empty: give another --output_dir")
     updates = adapter_format.read_updates(folder, config, _weight_shapes(folder, config))
     named: dict[str, Tensor] = {}
     for name, update in updates.items():
@@ -52,14 +52,14 @@ def export_portable(folder: Path, output_folder: Path) -> AdapterConfig:
 
 
 def _end_tokens(folder: Path) -> list[int]:
-    """The end tokens of the tokenizer beside an adapter; empty where there is none that is readable."""
+    """The end tokens of the tokenizer beside an adapter. Empty if there is no readable tokenizer."""
     with suppress(Exception):  # the tokenizers library raises nothing more precise
         return end_tokens(Tokenizer.from_file(str(folder / "tokenizer.json")))
     return []
 
 
 def _weight_shapes(folder: Path, config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of the base's weights as the adapter's own tensors have them; `read_updates` checks the rest."""
+    """The shapes of the base's weights that follow from the adapter's tensors. `read_updates` checks the rest."""
     shapes: dict[str, list[int]] = {}
     try:
         header = files.safetensors_header(folder / WEIGHTS, adapter_format.MAX_HEADER_BYTES)
@@ -75,11 +75,12 @@ def _weight_shapes(folder: Path, config: AdapterConfig) -> dict[str, tuple[int, 
 def how_to_use(folder: Path, config: AdapterConfig, system_prompt: str | None) -> list[tuple[str, str]]:
     """(program, its command or settings) for each program that uses adapters: greedy, with the trained system prompt.
 
-    system_prompt: None where the adapter does not say it.
+    system_prompt: None if the adapter does not give it
 
-    vLLM: vllm/lora/peft_helper.py (no DoRA, no modules_to_save), vllm/config (--generation-config takes a folder);
-    llama.cpp: convert_lora_to_gguf.py (reads lora_alpha and r, not use_rslora), common/arg.cpp (-sys, --temp); Ollama:
-    docs/modelfile.mdx, ADAPTER (safetensors of Llama, Mistral and Gemma only; its own repeat_penalty is 1.1).
+    Sources:
+    vLLM: vllm/lora/peft_helper.py (no DoRA, no modules_to_save), vllm/config (--generation-config takes a folder)
+    llama.cpp: convert_lora_to_gguf.py (reads lora_alpha and r, not use_rslora), common/arg.cpp (-sys, --temp)
+    Ollama: docs/modelfile.mdx, ADAPTER (safetensors of Llama, Mistral and Gemma only; default repeat_penalty 1.1)
     """
     base = shlex.quote(config.base_model or "BASE")
     where = shlex.quote(str(folder))
@@ -89,17 +90,17 @@ def how_to_use(folder: Path, config: AdapterConfig, system_prompt: str | None) -
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     body = {"model": "NAME", "temperature": 0, "messages": [*messages, {"role": "user", "content": "QUESTION"}]}
     request = shlex.quote(json.dumps(body, ensure_ascii=False))
-    # llama.cpp's own chatml template inserts no system turn; that of the model may
+    # llama.cpp's own chatml template inserts no system turn. The model's template may insert one.
     turn = f" -sys {shlex.quote(system_prompt)}" if system_prompt else " --chat-template chatml" * (system_prompt == "")
     lines = [
         ("vLLM", f"{serve} --generation-config {where} --override-generation-config '{{\"temperature\": 0}}'"),
         ("", f"then curl http://localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d {request}"),
         ("llama.cpp", f"python convert_lora_to_gguf.py {where} --base FOLDER_OF_BASE --outfile adapter.gguf"),
         ("", f"then llama-cli -m BASE.gguf --lora adapter.gguf --temp 0 --repeat-penalty 1{turn}"),
-        ("Ollama", "does not read safetensors adapters of Qwen; convert the adapter as for llama.cpp; the Modelfile:"),
+        ("Ollama", "reads no safetensors adapters of Qwen. Convert the adapter as for llama.cpp. The Modelfile is:"),
         *(("", line) for line in _modelfile(system_prompt)),
     ]
-    inserted = "where a request brings no system turn, a server inserts that of its chat template"
+    inserted = "if a request has no system turn, a server inserts the one of its chat template"
     inserted += " (Qwen2, Qwen2.5: a text such as 'You are a helpful assistant')"
     if system_prompt:
         lines.append(("system", f"every program needs the system prompt of the training: {system_prompt}"))

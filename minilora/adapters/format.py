@@ -1,4 +1,4 @@
-"""Adapters in PEFT's file format: written atomically, read strictly, checked against the base they were trained on.
+"""Writes adapters in PEFT's file format atomically, reads them strictly, and checks that they fit their base.
 
 Format: https://github.com/huggingface/peft/blob/main/docs/source/developer_guides/checkpoint.md
 """
@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 2 * 2**20
 MERGE_IN_PEFT = (
     "Merge it into its base with PEFT (merge_and_unload, then save_pretrained), and give the result as --model."
 )
-# What PEFT's LoraConfig can say and this library cannot represent: any value but these is refused by name.
+# The keys of PEFT's LoraConfig that minilora does not implement. Any value that is not listed here is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -49,14 +49,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "velora_config": (None,),
-    # the others (pissa, olora, corda, loftq, ...) change the base too, and PEFT does so again when it loads one
+    # other values (pissa, olora, corda, loftq, ...) also change the base, and PEFT repeats this when it loads the file
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal", "mica"),
 }
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter_config.json says, as far as it matters here."""
+    """The settings of adapter_config.json that minilora uses."""
 
     base_model: str
     rank: int
@@ -65,18 +65,19 @@ class AdapterConfig:
     target_modules: tuple[str, ...]
     rslora: bool
     dora: bool = False
-    pattern: str = ""  # target_modules as the file has them where they are no plain names, else empty
+    pattern: str = ""  # target_modules of the file if they are not plain names, else empty
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied with."""
+        """The factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def converted(config: AdapterConfig) -> AdapterConfig:
-    """What an adapter that began at PiSSA's start is on the original base: of twice the rank, with the same scale.
+    """The settings of a PiSSA adapter on the original base: twice the rank, and the same scale.
 
-    rsLoRA's would need an alpha that is no whole number; `tensors` folds its scale into B, and 1 is left.
+    With rsLoRA, alpha would not be a whole number. In that case the scale becomes 1, and `tensors` multiplies B by the
+    old scale.
     """
     rank = 2 * config.rank
     return replace(config, rank=rank, alpha=rank if config.rslora else 2 * config.alpha, rslora=False)
@@ -85,28 +86,29 @@ def converted(config: AdapterConfig) -> AdapterConfig:
 def tensors(model: nn.Module, scale: float) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names: ...q_proj.lora_A.weight (r, in), ...q_proj.lora_B.weight (out, r).
 
-    And ...q_proj.lora_magnitude_vector (out,) for DoRA. scale: what a reader will multiply B A with.
+    DoRA also has ...q_proj.lora_magnitude_vector (out,). scale: the factor by which a reader multiplies B A.
     """
     named = {}
     for name, layer in lora_layers(model).items():
         _, _, A, B = layer.weights()
         named[f"{PREFIX}{name}.lora_A.weight"] = A.detach()
-        named[f"{PREFIX}{name}.lora_B.weight"] = B.detach() * (layer.scale / scale)  # 1 but for `converted` rsLoRA
+        named[f"{PREFIX}{name}.lora_B.weight"] = B.detach() * (layer.scale / scale)  # 1, except for `converted` rsLoRA
         if layer.lora_magnitude_vector is not None:
             named[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector.detach()
     return named
 
 
 def save(folder: Path, model: nn.Module, config: AdapterConfig, metadata: Mapping[str, str]) -> None:
-    """Write the adapter of a model: `write` with the tensors of its LoRALinear layers."""
+    """Write the adapter of a model: call `write` with the tensors of its LoRALinear layers."""
     write(folder, tensors(model, config.scale), config, metadata)
 
 
 def write(folder: Path, named: Mapping[str, Tensor], config: AdapterConfig, metadata: Mapping[str, str]) -> None:
-    """Write adapter_config.json, then adapter_model.safetensors, each replaced at once.
+    """Write adapter_config.json, then adapter_model.safetensors. Each file is replaced atomically.
 
-    named: as `tensors` gives them. metadata (base fingerprint, system prompt, ...) goes into the safetensors header,
-    where PEFT does not mind it. Raises DivergedError when a tensor is not finite: such an adapter is never written.
+    named: the result of `tensors`. metadata: base fingerprint, system prompt, ...; it goes into the safetensors header,
+    and PEFT ignores it there.
+    Raises DivergedError if a tensor is not finite. Such an adapter is never written.
     """
     if broken := [name for name, tensor in named.items() if not torch.isfinite(tensor).all()]:
         raise DivergedError(
@@ -135,7 +137,7 @@ def write(folder: Path, named: Mapping[str, Tensor], config: AdapterConfig, meta
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """adapter_config.json, checked. Raises AdapterError naming the file and every key that does not fit."""
+    """Read and check adapter_config.json. Raises AdapterError that names the file and every invalid key."""
     path = folder / CONFIG
     try:
         raw = files.read_json(path)
@@ -156,7 +158,7 @@ def read_config(folder: Path) -> AdapterConfig:
     way_out = f" {MERGE_IN_PEFT}" if wrong and raw.get("peft_type") == "LORA" else ""
     for key in ("r", "lora_alpha"):
         if isinstance(raw.get(key), float) and raw[key].is_integer():
-            raw[key] = int(raw[key])  # some write 16.0
+            raw[key] = int(raw[key])  # some programs write 16.0
     targets, dropout = raw.get("target_modules"), raw.get("lora_dropout") or 0.0
     names = [targets] if isinstance(targets, str) else targets
     checks = {
@@ -186,23 +188,23 @@ def read_config(folder: Path) -> AdapterConfig:
 
 
 def shown(value: Any) -> str:
-    """A value of a file for a message, cut to a readable length at its end."""
+    """A value of a file as a text for a message. A long text is cut at its end."""
     text = repr(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def refuse_pickle(folder: Path) -> None:
-    """Raise AdapterError for an adapter whose only weights are adapter_model.bin, which is never loaded."""
+    """Raise AdapterError if an adapter has only adapter_model.bin. minilora never loads this file."""
     pickled = folder / "adapter_model.bin"
     if pickled.exists() and not (folder / WEIGHTS).exists():
         raise AdapterError(
-            f"{pickled}: it is a pickle, which can run code when it is read, so that it is never loaded here. Load the "
-            f"adapter with PEFT where you trust it, and save it anew: save_pretrained writes {WEIGHTS}."
+            f"{pickled}: this is a pickle. A pickle can run code when it is read, so minilora never loads one. If you "
+            f"trust the adapter, load it with PEFT and save it again: save_pretrained writes {WEIGHTS}."
         )
 
 
 def adapted_layers(folder: Path) -> list[str]:
-    """The layers that an adapter's file has tensors for. Raises AdapterError for a file that cannot be read."""
+    """The layers whose tensors are in an adapter's file. Raises AdapterError if the file cannot be read."""
     try:
         header = files.safetensors_header(folder / WEIGHTS, MAX_HEADER_BYTES)
     except ValueError as error:
@@ -212,26 +214,27 @@ def adapted_layers(folder: Path) -> list[str]:
 
 
 def layer_names(folder: Path, targets: Any) -> tuple[str, ...]:
-    """The last names of the layers that an adapter's file has tensors for.
+    """The last names of the layers whose tensors are in an adapter's file.
 
-    PEFT matches target_modules (a regular expression, all-linear, endings with dots) against the base's layers and
-    saves what it found: the file itself says which layers they are, and no expression of a stranger is run here.
+    PEFT matches target_modules (a regular expression, all-linear, endings with dots) against the base's layers, and
+    saves the layers that match. So the file itself says which layers they are, and minilora does not run a regular
+    expression from a file.
     """
     layers = adapted_layers(folder)
     if isinstance(targets, list):
         fitting = {target: {x for x in layers if x == target or x.endswith(f".{target}")} for target in targets}
         if not all(fitting.values()) or set(layers) != set().union(*fitting.values()):
-            raise AdapterError(f"{folder}: target_modules = {shown(targets)} are not the layers of its {WEIGHTS}.")
+            raise AdapterError(f"{folder}: target_modules = {shown(targets)} do not match the layers of its {WEIGHTS}.")
     names = {layer.rpartition(".")[2] for layer in layers}
     if not names:
-        raise AdapterError(f"{folder / WEIGHTS}: it holds no tensor that is named as PEFT names them ({PREFIX}...).")
+        raise AdapterError(f"{folder / WEIGHTS}: none of its tensors has a name in PEFT's form ({PREFIX}...).")
     return tuple(sorted(names))
 
 
 def keys_to_go_on(folder: Path) -> dict[str, Any]:
-    """The keys of TrainConfig that an adapter to go on training from brings: its shape, its base, its system prompt.
+    """The keys of TrainConfig that a new run takes over from an adapter: its shape, its base, its system prompt.
 
-    Raises AdapterError for one that cannot be represented here.
+    Raises AdapterError if minilora does not support the adapter.
     """
     config = read_config(folder)
     prompt = read_metadata(folder).get("system_prompt")
@@ -240,7 +243,7 @@ def keys_to_go_on(folder: Path) -> dict[str, Any]:
 
 
 def shape_keys(config: AdapterConfig) -> dict[str, Any]:
-    """The keys of TrainConfig that say what an adapter's tensors are and mean."""
+    """The keys of TrainConfig that decide the shape and the meaning of an adapter's tensors."""
     return {
         "lora_r": config.rank,
         "lora_alpha": config.alpha,
@@ -255,7 +258,7 @@ def _is_int(value: Any) -> bool:
 
 
 def base_of(folder: Path, model_name: str | None = None) -> str:
-    """The base of an adapter, a hub name or a folder: model_name, else what its file says. Raises AdapterError."""
+    """The base of an adapter, as a hub name or a folder: model_name, else the name in its file. Raises AdapterError."""
     config = read_config(folder)
     if name := model_name or config.base_model:
         return name
@@ -265,7 +268,7 @@ def base_of(folder: Path, model_name: str | None = None) -> str:
 def find_base(model_name: str | None, folder: str | Path | None) -> Path:
     """The model folder of a name, or of the base that an adapter's folder names.
 
-    Raises ModelError that says so where the name stands in the adapter's own file.
+    Raises ModelError. If the name comes from the adapter's file, the message says so.
     """
     adapter = Path(os.path.expanduser(folder)) if folder else None
     name = model_name or (base_of(adapter) if adapter else "")
@@ -280,26 +283,26 @@ def find_base(model_name: str | None, folder: str | Path | None) -> Path:
 def _named_base(folder: Path) -> list[str]:
     try:
         return [read_config(folder).base_model]
-    except AdapterError:  # a run that is resumed does not need the adapter that it began with
+    except AdapterError:  # a resumed run does not need the adapter that it started from
         return []
 
 
 def read_metadata(folder: Path) -> dict[str, str]:
-    """The header of adapter_model.safetensors: base_fingerprint, system_prompt, ... where minilora wrote it."""
+    """The metadata of adapter_model.safetensors. minilora writes base_fingerprint, system_prompt, ... there."""
     try:
         metadata = files.safetensors_header(folder / WEIGHTS, MAX_HEADER_BYTES).get("__metadata__") or {}
     except ValueError as error:
         raise AdapterError(f"{folder / WEIGHTS}: {error}.") from error
     if not isinstance(metadata, dict):
-        raise AdapterError(f"{folder / WEIGHTS}: its metadata is no object.")
+        raise AdapterError(f"{folder / WEIGHTS}: its metadata is not an object.")
     return {str(key): str(value) for key, value in metadata.items()}
 
 
 def load(model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base: bool = False) -> AdapterConfig:
-    """Put LoRALinear layers into the base `model` and fill them from `folder`, strictly.
+    """Put LoRALinear layers into the base `model` and fill them with the adapter in `folder`, strictly.
 
-    Raises AdapterError with every missing, extra or misshapen tensor at once, or when the adapter was trained on
-    another base (unless allow_other_base); the model is unchanged then.
+    Raises AdapterError that lists all missing and extra tensors and all tensors of a wrong shape. Also raises
+    AdapterError if the adapter was trained on another base, unless allow_other_base. The model is unchanged then.
     """
     config, updates = read(model, folder, base_fingerprint, allow_other_base)
     inject(model, config.target_modules, config.rank, config.alpha, config.dropout, config.rslora, dora=config.dora)
@@ -309,7 +312,7 @@ def load(model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base
 
 @torch.no_grad()
 def fill(model: nn.Module, updates: Mapping[str, "Update"]) -> None:
-    """Give the LoRALinear layers of a model the values that `read` has found for them."""
+    """Copy the values that `read` returned into the LoRALinear layers of a model."""
     for name, layer in lora_layers(model).items():
         update = updates[f"{name}.weight"]
         layer.lora_A.copy_(update.A)
@@ -320,7 +323,7 @@ def fill(model: nn.Module, updates: Mapping[str, "Update"]) -> None:
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter makes of one weight: A (rank, in), B (out, rank) and DoRA's magnitudes (out,), all in fp32."""
+    """An adapter's update of one weight: A (rank, in), B (out, rank) and DoRA's magnitudes (out,), all in fp32."""
 
     A: Tensor
     B: Tensor
@@ -328,7 +331,7 @@ class Update:
     magnitude: Tensor | None = None
 
     def merged(self, weight: Tensor) -> Tensor:
-        """W0 + scale * B A in fp32, with DoRA each row of that length. (out, in)"""
+        """W0 + scale * B A in fp32. For DoRA, each row is rescaled to its magnitude. (out, in)"""
         summed = weight.to(torch.float32, copy=True).addmm_(self.B, self.A, alpha=self.scale)
         if self.magnitude is None:
             return summed
@@ -339,9 +342,9 @@ class Update:
 def read(
     model: nn.Module, folder: Path, base_fingerprint: str, allow_other_base: bool | None = False
 ) -> tuple[AdapterConfig, dict[str, Update]]:
-    """(settings, updates by the weight's name) of an adapter for this base, on which others may be; changes nothing.
+    """(settings, updates by the weight's name) of an adapter for this base. Changes nothing.
 
-    Raises AdapterError as `load` does.
+    Other adapters may already be on the base. Raises AdapterError as `load` does.
     """
     config = read_config(folder)
     if head := {"lm_head", "embed_tokens"} & set(config.target_modules):
@@ -360,10 +363,10 @@ def read(
 
 
 def check_base(folder: Path, config: AdapterConfig, base_fingerprint: str, allow_other_base: bool | None) -> None:
-    """Raise AdapterError when the adapter says that it was trained on another base; None: there is no flag for that."""
+    """Raise AdapterError if the adapter was trained on another base. allow_other_base None: no flag allows this."""
     trained_on = read_metadata(folder).get("base_fingerprint", base_fingerprint)
     if trained_on != base_fingerprint and not allow_other_base:
-        way_out = "" if allow_other_base is None else ", or --allow_other_base to load it all the same"
+        way_out = "" if allow_other_base is None else ", or use --allow_other_base to load it anyway"
         raise AdapterError(
             f"{folder} was trained on another base: its fingerprint is {trained_on[:12]}, this model's is "
             f"{base_fingerprint[:12]} (trained on {config.base_model!r}). Give that base as --model{way_out}."
@@ -371,9 +374,9 @@ def check_base(folder: Path, config: AdapterConfig, base_fingerprint: str, allow
 
 
 def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Update]:
-    """The update of each weight an adapter changes, by the weight's name; `shapes` are those of the base's weights.
+    """The update of each weight that an adapter changes, by the weight's name. shapes: those of the base's weights
 
-    Strict: raises AdapterError with every missing, extra or misshapen tensor at once.
+    Raises AdapterError that lists all missing and extra tensors and all tensors of a wrong shape.
     """
     targets = [
         name.removesuffix(".weight")
@@ -423,9 +426,9 @@ def save_folder(
     metadata: dict[str, str],
     base_folder: Path | None = None,
 ) -> None:
-    """An adapter folder: complete at once when it is new, its weights exchanged at once when it is not.
+    """Write an adapter folder. A new folder appears complete. In an existing one the weights are replaced atomically.
 
-    base_folder: holds the tokenizer's files; None: they are looked for where the tokenizer was loaded from
+    base_folder: the folder of the tokenizer's files; None: the folder that the tokenizer was loaded from
     """
     with files.storage_errors(folder):
         there = os.path.lexists(folder)

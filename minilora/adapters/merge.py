@@ -1,4 +1,4 @@
-"""Folds an adapter into its base: W0 + scale * B A (DoRA: rescaled) in fp32, rounded once, written shard by shard."""
+"""Merges an adapter into its base: W0 + scale * B A (DoRA: rescaled) in fp32, rounded once, written file by file."""
 
 import math
 import shutil
@@ -32,14 +32,14 @@ from minilora.utils import files
 
 DTYPES_BY_NAME = {name: dtype for dtype, name in files.SAFETENSORS_DTYPES.items()}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-COPIED = (".json", ".jinja", ".txt", ".model")  # of the base: tokenizer, chat template, the index of its weights
-NOT_COPIED = (GENERATION, RECORD, adapter_format.CONFIG)  # written anew, or of an adapter that lies beside the base
+COPIED = (".json", ".jinja", ".txt", ".model")  # tokenizer, chat template and index of the base
+NOT_COPIED = (GENERATION, RECORD, adapter_format.CONFIG)  # these are rewritten, or belong to an adapter beside the base
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How close the merged model is to base plus adapter, over the probe's positions."""
+    """How closely the merged model agrees with base plus adapter over the positions of the probe."""
 
     max_logit_difference: float
     top1_share: float
@@ -52,18 +52,18 @@ def merge(
     dtype: str = "auto",
     allow_other_base: bool = False,
 ) -> Agreement:
-    """Write a Hugging Face folder of base plus adapter; one tensor is in memory at a time.
+    """Write a Hugging Face folder of base plus adapter. Only one tensor is in memory at a time.
 
-    The base's files are copied byte for byte, but for what the adapter changes: the weights, the end tokens, the system
-    prompt. config.json gets the spellings of transformers 4 where it has only those of 5.
+    The base's files are copied byte for byte, except for what the adapter changes: the weights, the end tokens and the
+    system prompt. If config.json has only the key names of transformers 5, those of transformers 4 are added.
 
-    dtype: of the floating-point weights; auto keeps each tensor's own. Raises AdapterError when the adapter does not
-    fit the base, or when output_folder already holds something.
+    dtype: the type of the floating-point weights; auto keeps the type of each tensor
+    Raises AdapterError if the adapter does not fit the base, or if output_folder is not empty.
     """
     config = adapter_format.read_config(adapter_folder)
     base = adapter_format.find_base(model_name, adapter_folder)
     if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
-        raise AdapterError(f"{output_folder} is a file, or not empty: give another --output_dir")
+        raise AdapterError(f"{output_folder} is a file or is not empty: give another --output_dir")
     try:
         base_config = files.read_json(base / "config.json")
     except ValueError as error:
@@ -71,7 +71,7 @@ def merge(
     if missing := [file for file in weight_files(base) if not file.is_file()]:
         raise ModelError(f"{missing[0]} is missing: {base} has no weights to merge into.")
     if "quantization_config" in base_config:
-        raise AdapterError(f"{base} is quantised: merge into the original model instead, --model NAME")
+        raise AdapterError(f"{base} is quantised. Merge into the original model instead: --model NAME")
     adapter_format.check_base(adapter_folder, config, folder_fingerprint(base, _all_tensors(base)), allow_other_base)
     updates = adapter_format.read_updates(adapter_folder, config, _shapes(base))
     tokenizer = load_tokenizer(base)
@@ -98,7 +98,7 @@ def merge(
 
 
 def _template(base: Path) -> Any:
-    """The chat template of a model folder, wherever it stands there."""
+    """The chat template of a model folder, from its template file or from tokenizer_config.json."""
     if (base / TEMPLATES[0]).is_file():
         return (base / TEMPLATES[0]).read_text("utf-8")
     try:
@@ -110,7 +110,7 @@ def _template(base: Path) -> Any:
 def _merge_shard(
     source: Path, target: Path, updates: dict[str, adapter_format.Update], dtype: torch.dtype | None
 ) -> int:
-    """Write the file `target` with the tensors of `source`, merged; returns their bytes."""
+    """Write the merged tensors of the file `source` to the file `target`. Returns their size in bytes."""
     with safe_open(source, framework="pt") as file:
 
         def merged(name: str) -> Tensor:
@@ -148,7 +148,7 @@ def _agreement(
     merged_folder: Path,
     system_prompt: str,
 ) -> Agreement:
-    """Both models in fp32, a layer at a time."""
+    """Compare both models in fp32, with one layer in memory at a time."""
     ids = probe(ChatMarkup(tokenizer), system_prompt)
     expected = layerwise_logits(base, ids, config, updates)
     logits = layerwise_logits(merged_folder, ids)

@@ -1,1 +1,1 @@
-"""Files -> rows -> conversations -> examples of token ids."""
+"""Reads files of rows, and makes conversations and then examples of token ids from them."""

@@ -1,4 +1,4 @@
-"""Recognises files that are not text by their first bytes, and says how they become JSONL."""
+"""Recognises files that are not text by their first bytes, and says how to convert them to JSONL."""
 
 import re
 import shlex
@@ -9,7 +9,7 @@ ARROW_FILE = "python -c " + shlex.quote(_ARROW % (".feather", "pyarrow.feather.r
 ARROW_STREAM = "python -c " + shlex.quote(_ARROW % ("", "pyarrow.ipc.open_stream(sys.argv[1]).read_all()"))
 NEEDS_PYARROW = " (it needs: pip install pyarrow)"
 
-KINDS: tuple[tuple[bytes, str, str], ...] = (  # (pattern of the first bytes, what it is, what to do; {file}: its name)
+KINDS: tuple[tuple[bytes, str, str], ...] = (  # (first bytes, what it is, what to do)
     (rb"PAR1", "a Parquet file", PARQUET + " {file} > new.jsonl converts it" + NEEDS_PYARROW),
     (rb"ARROW1", "an Arrow file", ARROW_FILE + " {file} > new.jsonl converts it" + NEEDS_PYARROW),
     (rb"\xff{4}.{3}\0", "an Arrow stream", ARROW_STREAM + " {file} > new.jsonl converts it" + NEEDS_PYARROW),
@@ -38,7 +38,7 @@ NOT_IN_TEXT = re.compile(rb"[\0-\x08\x0e-\x1a]")  # no UTF-8, GBK or Latin-1 tex
 
 
 def binary_file(path: str, start: bytes) -> str:
-    """What a file with these first bytes is, and what to do with it; empty for one that may be text."""
+    """A message that says what a file with these first bytes is and what to do. Empty if it may be text."""
     for pattern, kind, advice in KINDS:
         if re.match(pattern, start, re.DOTALL):
             return needs_text(path, kind, advice)
@@ -46,12 +46,12 @@ def binary_file(path: str, start: bytes) -> str:
 
 
 def unpacked(path: str) -> tuple[str, str]:
-    """(what stands before a command on a file, the file's name in it): a .gz is unpacked first."""
+    """(a command that unpacks a .gz file or an empty text, the name of the unpacked file), quoted for a shell."""
     return f"gunzip -k {shlex.quote(path)} && " * path.endswith(".gz"), shlex.quote(path.removesuffix(".gz"))
 
 
 def needs_text(path: str, kind: str, advice: str) -> str:
-    """The message for a file of another kind."""
+    """The message for a file that is not JSONL."""
     unpack, name = unpacked(path)
     end = f": {unpack * ('{file}' in advice)}{advice.format(file=name)}" if advice else "."
     return f"{path}: this is {kind}; JSONL is needed, one JSON object a line{end}"

@@ -1,4 +1,4 @@
-"""The files of a run: read together, rendered, looked through for repeats, split, and mixed by their weights."""
+"""Builds the data sets of a run: reads and renders its files, finds repeats, splits, and mixes by weights."""
 
 import dataclasses
 import hashlib
@@ -25,7 +25,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a run. Of a large one only its hash is known before it is tokenised: `rows` and `reading` are None."""
+    """A file of a run. For a large file, `rows` and `reading` are None: only the hash is known before tokenising."""
 
     file: str
     sha256: str
@@ -33,7 +33,7 @@ class Source:
     reading: Reading | None = None
 
     def rows_of(self, lines: Iterable[int]) -> Iterator[Row]:
-        """The rows of these lines, in the order of the file, which is read no further than they are taken."""
+        """The rows of these lines, in the order of the file. The file is read only as far as rows are taken."""
         wanted = set(lines)
         rows = stream_rows(self.file, "skip") if self.rows is None else self.rows
         return (row for row in rows if row.line in wanted)
@@ -41,14 +41,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Sources:
-    """The files of a run, read; `eval` is None where there is no eval_file."""
+    """The files of a run after reading. `eval` is None if there is no eval_file."""
 
     train: list[Source]
     eval: Source | None
 
     @property
     def sha256(self) -> str:
-        """What the files hold, as the identity of a run has it; their order counts."""
+        """The hash of the files' content for the identity of a run. It depends on their order."""
         hashes = [source.sha256 for source in self.train]
         train = hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
         return train + (self.eval.sha256 if self.eval else "")
@@ -56,11 +56,11 @@ class Sources:
 
 @dataclass(frozen=True)
 class Sets:
-    """What a run trains on and is evaluated with.
+    """The training set and the evaluation set of a run.
 
-    parts: how an epoch is mixed, empty where it takes each example once
-    questions: the first `eval_samples` of the evaluation set
-    reports: of all files, the training files first
+    parts: how an epoch is mixed; empty if it takes each example once
+    questions: the first `eval_samples` questions of the evaluation set
+    reports: one for each file, the training files first
     """
 
     train: Dataset
@@ -71,7 +71,7 @@ class Sets:
 
 
 def read_sources(config: TrainConfig) -> Sources:
-    """All files of a run. Raises DataError with the problems of all of them."""
+    """Read all files of a run. Raises DataError with the problems of all files."""
     paths = [*config.train_files, *([config.eval_file] if config.eval_file else [])]
 
     def read_one(path: str) -> Source:
@@ -86,7 +86,7 @@ def read_sources(config: TrainConfig) -> Sources:
 
 
 def make_sets(config: TrainConfig, sources: Sources, markup: ChatMarkup, max_length: int) -> Sets:
-    """The rows rendered, repeats counted (and left out of the training rows with `deduplicate`), split and mixed."""
+    """Render the rows, count repeats, split and mix. `deduplicate` leaves repeats out of the training rows."""
     files = [*sources.train, *([sources.eval] if sources.eval else [])]
     rendered = _for_all(files, lambda source: to_examples(config, source, markup, max_length))
     count = len(sources.train)
@@ -110,9 +110,9 @@ def make_sets(config: TrainConfig, sources: Sources, markup: ChatMarkup, max_len
             rest = unique.subset(np.flatnonzero(unique.sources == number))
             report = dataclasses.replace(report, dropped_repeats=repeats[number], **vars(describe(rest)))
         if found := shared[number]:
-            notes.append(f"rows that the evaluation set holds too, to the token: {found:,}; its loss will flatter")
+            notes.append(f"rows with the same tokens as a row of the evaluation set: {found:,}; its loss is too low")
         if part := part_of.get(number):
-            notes.append(f"an epoch takes {part.taken:,} of its {part.rows:,} rows, by its weight")
+            notes.append(f"an epoch takes {part.taken:,} of its {part.rows:,} rows, because of its weight")
         reports.append(dataclasses.replace(report, notes=(*report.notes, *notes)))
     for dataset, report in rendered[count:]:
         notes = repeat_notes(int((~first_of_repeats(dataset)).sum()))
@@ -122,7 +122,7 @@ def make_sets(config: TrainConfig, sources: Sources, markup: ChatMarkup, max_len
 
 
 def _for_all(items: Iterable[Item], make: Callable[[Item], Made]) -> list[Made]:
-    """What `make` makes of each. Raises DataError with the problems of all of them."""
+    """Apply `make` to each item. Raises DataError with the problems of all items."""
     made, problems = [], []
     for item in items:
         try:
@@ -135,7 +135,7 @@ def _for_all(items: Iterable[Item], make: Callable[[Item], Made]) -> list[Made]:
 
 
 def to_examples(config: TrainConfig, source: Source, markup: ChatMarkup, max_length: int) -> tuple[Dataset, DataReport]:
-    """Rows as the settings want them rendered, cut and masked."""
+    """Render, cut and mask the rows of a file according to the settings."""
     settings = {name: getattr(config, name) for name in ("system_prompt", "overlong", "train_on_prompt")}
     settings["max_length"] = max_length
     if source.rows is not None and source.reading is not None:
@@ -143,7 +143,7 @@ def to_examples(config: TrainConfig, source: Source, markup: ChatMarkup, max_len
     try:
         return cached(source.file, source.sha256, markup, config.on_bad_rows, settings)
     except StorageError as error:
-        advice = "Make room for a cache there, or elsewhere by XDG_CACHE_HOME"
+        advice = "Make room for the cache there, or set XDG_CACHE_HOME to another folder"
         rows = Returned(stream_rows(source.file, config.on_bad_rows))
         parts = Returned(tokenized(rows, markup, source.file, **settings))
         dataset = of_file(source.file, stack(parts))
@@ -152,24 +152,24 @@ def to_examples(config: TrainConfig, source: Source, markup: ChatMarkup, max_len
 
 
 def first_of_repeats(dataset: Dataset) -> np.ndarray:
-    """Whether each example is the first with its tokens and mask. (examples,)"""
+    """Whether each example is the first one with its tokens and mask. (examples,)"""
     first = np.zeros(len(dataset), bool)
     first[np.unique(dataset.keys, return_index=True)[1]] = True
     return first
 
 
 def repeat_notes(repeats: int) -> list[str]:
-    """What the header says of repeats that stay in a file."""
-    return [f"repeats of an earlier row, to the token: {repeats:,}"] if repeats else []
+    """The line of the header about repeats that stay in the data."""
+    return [f"rows with the same tokens as an earlier row: {repeats:,}"] if repeats else []
 
 
 def count_shared(train_set: Dataset, eval_set: Dataset, files: int) -> list[int]:
-    """How many rows of each training file the evaluation set holds too."""
+    """How many rows of each training file are also in the evaluation set."""
     return np.bincount(train_set.sources[np.isin(train_set.keys, eval_set.keys)], minlength=files).tolist()
 
 
 def parts_of(train_set: Dataset, weights: Sequence[float]) -> tuple[Part, ...]:
-    """How an epoch is mixed of the examples of each file; empty where it takes each once."""
+    """How an epoch mixes the examples of the files. Empty if it takes each example once."""
     if all(weight == 1 for weight in weights):
         return ()
     counts = np.bincount(train_set.sources, minlength=len(weights)).tolist()
@@ -184,7 +184,7 @@ def parts_of(train_set: Dataset, weights: Sequence[float]) -> tuple[Part, ...]:
 def first_questions(
     config: TrainConfig, eval_set: Dataset, sources: Sequence[Source], markup: ChatMarkup, max_length: int
 ) -> list[Question]:
-    """The first `eval_samples` of the evaluation set that a user asks, and that leave room for an answer."""
+    """The first `eval_samples` questions of a user in the evaluation set that leave room for an answer."""
     found: list[Question] = []
     for number, source in enumerate(sources if config.eval_samples else ()):
         for row in source.rows_of(eval_set.lines[eval_set.sources == number].tolist()):

@@ -1,6 +1,6 @@
-"""A large training file is tokenised once: its examples stay in files, and are found again by all that made them.
+"""Keeps the tokenised examples of large files on the disk, so that each large file is tokenised only once.
 
-Small files are tokenised in memory, each time anew.
+The key of a cache is a hash of everything that the examples depend on. Small files are tokenised in memory each time.
 """
 
 import fcntl
@@ -37,23 +37,23 @@ from minilora.errors import DataError, StorageError
 from minilora.utils import files
 from minilora.utils.terminal import is_quiet
 
-CACHE_FROM_BYTES = 16 * 2**20  # of a file: what is smaller takes seconds, and is not worth a copy on the disk
-UNPACKED = 8  # bytes of text that a byte of a .gz may stand for
+CACHE_FROM_BYTES = 16 * 2**20  # a smaller file is tokenised in seconds and needs no copy on the disk
+UNPACKED = 8  # assumed bytes of text for each byte of a .gz file
 INDEX = "index.json"
-MAX_INDEX_BYTES = 2**30  # it names every line that was left out
+MAX_INDEX_BYTES = 2**30  # the index names every line that was left out
 BLOCK_BYTES = 2**20
 
 
 def is_large(path: str) -> bool:
-    """Whether the examples of this file are to be kept in a cache."""
+    """Whether the examples of this file belong in a cache."""
     try:
         return os.stat(path).st_size * (UNPACKED if path.endswith(".gz") else 1) >= CACHE_FROM_BYTES
     except OSError:
-        return False  # reading it will say why
+        return False  # reading the file reports the reason
 
 
 def cache_folder() -> Path:
-    """Where caches lie: $XDG_CACHE_HOME/minilora/tokens, by default in ~/.cache. They may be deleted at any time."""
+    """The folder of the caches: $XDG_CACHE_HOME/minilora/tokens, by default in ~/.cache. You may delete it anytime."""
     asked = os.environ.get("XDG_CACHE_HOME", "")
     return Path(asked if os.path.isabs(asked) else os.path.expanduser("~/.cache")) / "minilora" / "tokens"
 
@@ -61,9 +61,10 @@ def cache_folder() -> Path:
 def cached(
     file: str, sha256: str, markup: ChatMarkup, on_bad_rows: str, settings: Mapping[str, Any]
 ) -> tuple[Dataset, DataReport]:
-    """All examples of a file whose hash is known, and its report; settings: those that `tokenized` takes.
+    """All examples of a file, and its report. They come from the cache, which is built first if it does not exist.
 
-    Raises DataError, as reading and tokenising do, and StorageError where the cache cannot be written.
+    sha256: the hash of the file; settings: those of `tokenized`
+    Raises DataError as reading and tokenising do, and StorageError if the cache cannot be written.
     """
     made_of = {"render_version": RENDER_VERSION, "tokenizers": tokenizers.__version__, "tokenizer": markup.sha256}
     made_of |= {"file": sha256, "packed": file.endswith(".gz"), "on_bad_rows": on_bad_rows, **settings}
@@ -71,7 +72,7 @@ def cached(
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a file has six columns, and there may be many files
     if (found := _open(place, file)) is None:
-        with _alone(place):  # of several processes one builds, the others wait for it
+        with _alone(place):  # one of several processes builds, the others wait for it
             if (found := _open(place, file)) is None:
                 rows = Returned(stream_rows(file, on_bad_rows))
                 parts = Returned(tokenized(_with_bar(rows, file), markup, file, **settings))
@@ -83,7 +84,7 @@ def cached(
 
 
 def _open(place: Path, file: str) -> tuple[Dataset, DataReport] | None:
-    """What the cache in this folder holds, under the file's present name. None: it is not whole."""
+    """The content of the cache in this folder, with the present name of the file. None if the cache is not whole."""
     try:
         content = json.loads(files.read_bytes(place / INDEX, MAX_INDEX_BYTES))
         saved, sums = content["report"], [_checksum(place / name) for name in Columns._fields]
@@ -104,9 +105,9 @@ def _columns(folder: Path) -> Columns:
 
 
 def _build(place: Path, file: str, sha256: str, rows: Returned[Row, Reading], parts: Returned[Columns, Cut]) -> None:
-    """Write a cache aside and move it into place when it is whole; `parts` are made of `rows`."""
+    """Write a cache beside its place and move it there when it is whole. `parts` are made from `rows`."""
     tokens = 0
-    if place.is_file():  # something else in its place
+    if place.is_file():  # a file that is no cache
         with files.storage_errors(place):
             os.unlink(place)
     with files.new_folder(place) as aside:
@@ -122,17 +123,17 @@ def _build(place: Path, file: str, sha256: str, rows: Returned[Row, Reading], pa
             raise DataError(f"{file} was changed while it was read. Start again.")
         report = put_together(rows.result, parts.result, describe(of_file(file, _columns(aside))))
         index = _index(vars(report), [_checksum(aside / name) for name in Columns._fields])
-        files.write_file(aside / INDEX, [json.dumps(index).encode()])  # escaped: names of fields may be no UTF-8
+        files.write_file(aside / INDEX, [json.dumps(index).encode()])  # ASCII: names of fields may not be valid UTF-8
 
 
 def _index(report: dict[str, Any], sums: list[int]) -> dict[str, Any]:
-    """What stands beside the columns: what happened to the file's lines, and the checksum of this and of them."""
+    """The index beside the columns: the report of the file, and a checksum over the report and the columns."""
     text = json.dumps([report, sums], sort_keys=True)
     return {"report": report, "checksum": zlib.crc32(text.encode())}
 
 
 def _uncollected(parts: Iterable[Columns]) -> Iterator[Columns]:
-    """The parts, made without searching for cycles: there are none among millions of pieces of text."""
+    """Yield the parts with the garbage collector off: the millions of pieces of text contain no reference cycles."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -157,13 +158,13 @@ def _checksum(path: Path) -> int:
 
 @contextmanager
 def _alone(place: Path) -> Iterator[None]:
-    """No other process builds this cache meanwhile; the kernel frees the lock of one that dies."""
+    """Lock the cache, so that only one process builds it. If that process dies, the kernel releases the lock."""
     with files.storage_errors(place.parent):
         os.makedirs(place.parent.parent, exist_ok=True)
-        place.parent.mkdir(mode=0o700, exist_ok=True)  # the rows may not be everyone's to read
+        place.parent.mkdir(mode=0o700, exist_ok=True)  # the rows may be private
         descriptor = os.open(place.with_name(f".{place.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        with files.storage_errors(place.parent):  # not every file system has locks
+        with files.storage_errors(place.parent):  # some file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Examples of token ids, stored end to end in flat columns, in memory or in files."""
+"""Makes examples of token ids from rows, and stores them end to end in flat columns, in memory or in files."""
 
 import dataclasses
 import hashlib
@@ -18,10 +18,10 @@ from minilora.data.markup import ChatMarkup
 from minilora.data.report import MAX_PROBLEMS_SHOWN, Cut, DataReport, Figures, Reading, Returned, put_together
 from minilora.errors import DataError
 
-# Part of the key of a cache. Raise it with every change after which the same file, tokenizer and settings give other
-# tokens, masks, columns, refused rows or figures in the report: in this module, formats, jsonl, rows, markup or report.
+# Part of the key of a cache. Increase it if the same file, tokenizer and settings give other tokens, masks, columns,
+# refused rows or figures in the report after a change in this module, formats, jsonl, rows, markup or report.
 RENDER_VERSION = 1
-IGNORE = -100  # PyTorch's ignore_index: positions with this label have no loss
+IGNORE = -100  # PyTorch's ignore_index: positions with this label do not count in the loss
 
 
 @dataclass(frozen=True)
@@ -29,21 +29,21 @@ class Example:
     """One training example.
 
     input_ids: (T,) int32, the whole conversation up to its last supervised token
-    labels: (T,) int32, the token itself where it is supervised, else IGNORE (not shifted)
+    labels: (T,) int32, the token id if the token is supervised, else IGNORE (not shifted)
     """
 
     input_ids: np.ndarray
     labels: np.ndarray
 
 
-ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 2**22  # that are tokenised together
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 4096, 2**22  # the most rows and characters that are tokenised together
 
 
 class FileColumn:
-    """A column that stays in its file. It is read, not mapped: mapped pages count as memory of this process."""
+    """A column in a file. It is read, not memory-mapped: mapped pages would count as memory of this process."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self._file = open(path, "rb")  # noqa: SIM115  # as long as the column lives
+        self._file = open(path, "rb")  # noqa: SIM115  # open as long as the column exists
         self._dtype = dtype
         self._length = os.fstat(self._file.fileno()).st_size // dtype.itemsize
 
@@ -69,13 +69,13 @@ Column = np.ndarray | FileColumn
 
 
 class Columns(NamedTuple):
-    """Examples end to end. T = tokens of all of them, n = examples.
+    """Examples end to end. T = tokens of all examples, n = examples.
 
     ids, supervised: (T,) int32, bool
-    ends: (n,) int64, where each example ends among the tokens
-    lines: (n,) int64, the line of the file it comes from
-    counts: (n,) int32, how many of its tokens are supervised
-    keys: (n,) uint64, a hash of its tokens and mask: two that are the same have the same
+    ends: (n,) int64, the end of each example among the tokens
+    lines: (n,) int64, the line of the file that each example comes from
+    counts: (n,) int32, the supervised tokens of each example
+    keys: (n,) uint64, a hash of the tokens and the mask of each example; equal examples have equal keys
     """
 
     ids: Column
@@ -91,9 +91,9 @@ DTYPES = tuple(map(np.dtype, ("<i4", "?", "<i8", "<i8", "<i4", "<u8")))  # of th
 
 @dataclass(frozen=True)
 class Dataset(Sequence[Example]):
-    """Examples of one or several files, all of them or some, in any order.
+    """All or some of the examples of one or several files, in any order.
 
-    columns: of each of `files`; chosen: (examples,) which ones, numbered through all the files
+    columns: those of each file; chosen: (examples,) the numbers of the examples, counted over all files
     """
 
     files: tuple[str, ...]
@@ -121,7 +121,7 @@ class Dataset(Sequence[Example]):
         return Example(ids, np.where(columns.supervised[start:end], ids, IGNORE).astype(np.int32))
 
     def groups(self, most: int = 256) -> Iterator[list[Example]]:
-        """The examples in order, up to `most` at a time: enough to fill micro-batches well."""
+        """The examples in order, up to `most` at a time. The default is enough to fill micro-batches well."""
         for start in range(0, len(self), most):
             yield [self[i] for i in range(start, min(start + most, len(self)))]
 
@@ -155,7 +155,7 @@ class Dataset(Sequence[Example]):
 
     @property
     def sources(self) -> np.ndarray:
-        """Which of `files` each example's line is of. (examples,)"""
+        """The index in `files` of the file that each example comes from. (examples,)"""
         return np.searchsorted(self._firsts, self.chosen, side="right") - 1
 
     def subset(self, indices: Sequence[int] | np.ndarray) -> "Dataset":
@@ -163,7 +163,7 @@ class Dataset(Sequence[Example]):
         return dataclasses.replace(self, chosen=self.chosen[np.asarray(indices, np.int64)])
 
     def places(self, indices: np.ndarray) -> str:
-        """The lines of these examples in words, by file where there are several."""
+        """The lines of these examples as a text, with the files' names if there are several files."""
         some = self.subset(indices)
         by_file = {file: sorted(some.lines[some.sources == number].tolist()) for number, file in enumerate(self.files)}
         if len(by_file) == 1:
@@ -177,7 +177,7 @@ def of_file(file: str, columns: Columns) -> Dataset:
 
 
 def join(parts: Sequence[Dataset]) -> Dataset:
-    """The examples of one data set after those of the other; each must hold all that its files hold, as at first."""
+    """Join data sets end to end. Each must hold all examples of its files in their first order."""
     columns = tuple(each for part in parts for each in part.columns)
     count = sum(len(each.lines) for each in columns)
     assert count == sum(map(len, parts)), "only whole files are joined"
@@ -185,7 +185,7 @@ def join(parts: Sequence[Dataset]) -> Dataset:
 
 
 def make_columns(ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, lines: np.ndarray) -> Columns:
-    """Columns of examples whose tokens lie end to end, each of so many."""
+    """Make the columns of examples whose tokens lie end to end. lengths: the tokens of each example"""
     ends = np.cumsum(lengths, dtype=np.int64)
     content = memoryview((2 * ids + supervised).astype("<i4").tobytes())
     bounds = itertools.pairwise([0, *(4 * ends).tolist()])
@@ -197,7 +197,7 @@ def make_columns(ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, l
 
 
 def stack(parts: Iterable[Columns]) -> Columns:
-    """Columns after one another."""
+    """Join columns end to end."""
     found: list[Columns] = []
     tokens = 0
     for part in parts:
@@ -219,7 +219,7 @@ def tokenize(
     overlong: str,
     train_on_prompt: bool,
 ) -> tuple[Dataset, DataReport]:
-    """Rows that were read as examples of at most max_length tokens, in memory. Raises what `tokenized` raises."""
+    """Make examples of at most max_length tokens from rows, in memory. Raises what `tokenized` raises."""
     settings: dict[str, Any] = {"system_prompt": system_prompt, "max_length": max_length, "overlong": overlong}
     parts = Returned(tokenized(rows, markup, reading.file, **settings, train_on_prompt=train_on_prompt))
     dataset = of_file(reading.file, stack(parts))
@@ -236,10 +236,11 @@ def tokenized(
     overlong: str,
     train_on_prompt: bool,
 ) -> Generator[Columns, None, Cut]:
-    """Rows of a file as examples of at most max_length tokens, some rows at a time; returns what was cut.
+    """Make examples of at most max_length tokens from the rows of a file, some rows at a time. Returns what was cut.
 
-    A truncated answer never gets an end token. Tokens after the last supervised one cannot reach the loss and are not
-    kept. At the end raises DataError for overlong = error with the lines that are too long, and when none is left.
+    A truncated answer never gets an end token. Tokens after the last supervised token do not affect the loss and are
+    not kept. At the end, raises DataError if no example is left. With overlong = error, also raises DataError with the
+    lines that are too long.
     """
     left = too_long = truncated = dropped_overlong = dropped_unsupervised = 0
     named = list[str]()
@@ -248,13 +249,13 @@ def tokenized(
         lines = np.array([row.line for row in part])
         supervised |= train_on_prompt
         starts = np.cumsum(lengths) - lengths
-        place = np.arange(len(ids)) - np.repeat(starts, lengths)  # of each token in its example
+        place = np.arange(len(ids)) - np.repeat(starts, lengths)  # the position of each token in its example
         within = supervised & (place < max_length)
-        whole = np.maximum.reduceat(np.where(supervised, place + 1, 0), starts)  # up to the last supervised one
+        whole = np.maximum.reduceat(np.where(supervised, place + 1, 0), starts)  # up to the last supervised token
         cut = np.maximum.reduceat(np.where(within, place + 1, 0), starts)
         long = whole > max_length
         dropped = long & (overlong == "drop")
-        learns = np.logical_or.reduceat(within & (place > 0), starts)  # the first has nothing to be predicted from
+        learns = np.logical_or.reduceat(within & (place > 0), starts)  # nothing predicts the first token
         kept = learns & ~dropped
         dropped_overlong += int(dropped.sum())
         dropped_unsupervised += int((~learns & ~dropped).sum())
@@ -265,15 +266,15 @@ def tokenized(
         taken = np.repeat(kept, lengths) & (place < np.repeat(cut, lengths))
         yield make_columns(ids[taken], supervised[taken], cut[kept], lines[kept])
     if too_long and overlong == "error":
-        hint = "Raise --max_length, or choose --overlong truncate | drop"
+        hint = "Raise --max_length, or use --overlong truncate or --overlong drop"
         raise DataError("\n".join([*named, f"{too_long:,} rows. {hint}"]))
     if not left:
-        raise DataError(f"{file}: no example is left with max_length {max_length:,}; raise it.")
+        raise DataError(f"{file}: no example is left with max_length {max_length:,}. Raise --max_length.")
     return Cut(truncated, dropped_overlong, dropped_unsupervised)
 
 
 def _portions(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows, some at a time: few of long ones, so that a file of these does not fill the memory."""
+    """Yield the rows in groups. Groups of long rows are smaller, so that long rows do not fill the memory."""
     part, size = list[Row](), 0
     for row in rows:
         part.append(row)
@@ -286,7 +287,7 @@ def _portions(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def describe(dataset: Dataset) -> Figures:
-    """The figures of the examples that are kept."""
+    """The figures of the kept examples."""
     lengths = dataset.lengths
     p50, p95, top = np.percentile(lengths, [50, 95, 100], method="higher") if len(dataset) else (0, 0, 0)
     percentiles = {"p50": int(p50), "p95": int(p95), "max": int(top)}
@@ -294,11 +295,11 @@ def describe(dataset: Dataset) -> Figures:
 
 
 def split(dataset: Dataset, val_size: float, seed: int) -> tuple[Dataset, Dataset | None]:
-    """(training part, evaluation part): val_size of the examples, at least one, drawn by the seed."""
+    """(training part, evaluation part). The share val_size of the examples, at least one, is drawn with the seed."""
     if not val_size:
         return dataset, None
     held_out = max(1, round(len(dataset) * val_size))
     if held_out >= len(dataset):
-        raise DataError(f"val_size {val_size} leaves no example to train on: there are only {len(dataset)}.")
+        raise DataError(f"val_size {val_size} leaves no example to train on: the data has only {len(dataset)}.")
     order = np.random.default_rng(seed).permutation(len(dataset))
     return dataset.subset(np.sort(order[held_out:])), dataset.subset(np.sort(order[:held_out]))

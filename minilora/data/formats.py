@@ -1,4 +1,4 @@
-"""Row formats: which fields a row has, and the conversation that they mean."""
+"""Defines the row formats: the fields of a row, and the conversation that a row stands for."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ from typing import Any, NamedTuple
 from minilora.data.jsonl import _json_type
 
 ROLES = ("system", "user", "assistant")
-FORMATS: dict[str, tuple[str, ...]] = {  # a file's rows all have the fields of one of these
+FORMATS: dict[str, tuple[str, ...]] = {  # all rows of a file have the fields of one format
     "messages": ("messages",),
     "prompt/completion": ("prompt", "completion"),
     "instruction/output": ("instruction", "output"),
 }
 _REMOVE = "Remove it, or leave such rows out."
 _THOUGHT = "Write it into the answer as <think>...</think>, or remove it."
-NOT_READ_YET = {  # fields that change what a row or a message means, and what the user can do about them
+NOT_READ_YET = {  # fields that change the meaning of a row or a message, and what the user can do about them
     "history": "Write its turns into 'messages'.",
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHT),
     **dict.fromkeys(("tools", "tool_calls", "functions", "function_call"), _REMOVE),
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios", "chat_template_kwargs"), _REMOVE),
 }
-LEARNED_OR_NOT = ("weight", "train", "loss")  # fields of a message: 1 (true) where it is learned, 0 (false) where not
-OPTIONAL: dict[str, tuple[str, ...]] = {"instruction/output": ("input",)}  # read where they are; `system` everywhere
+LEARNED_OR_NOT = ("weight", "train", "loss")  # fields of a message: 1 (true) if it is learned, else 0 (false)
+OPTIONAL: dict[str, tuple[str, ...]] = {"instruction/output": ("input",)}  # `system` is optional in every format
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a file as a conversation, with the 1-based number of the line it came from."""
+    """The conversation of one line of a file, with the 1-based number of that line."""
 
     line: int
     turns: tuple[Turn, ...]
@@ -48,22 +48,22 @@ class Question(NamedTuple):
 
 
 def detect_format(row: dict[str, Any]) -> str:
-    """The format whose fields this row has. Raises ValueError when it has those of none."""
+    """The format whose fields this row has. Raises ValueError if it has the fields of no format."""
     for name, needed in FORMATS.items():
         if all(key in row for key in needed):
             return name
     possible = "; ".join(" + ".join(needed) for needed in FORMATS.values())
-    raise ValueError(f"the fields are {', '.join(map(repr, row)) or 'none'}; needed are {possible}")
+    raise ValueError(f"the fields are {', '.join(map(repr, row)) or 'none'}; the needed fields are {possible}")
 
 
 def to_turns(row: dict[str, Any], format: str) -> tuple[Turn, ...]:
-    """A row's conversation. Raises ValueError with the reason when it is not one, or means more than its texts."""
+    """The conversation of a row. Raises ValueError if it is not one, or has a field that changes its meaning."""
     _check_meaning(row)
     system = _text(row, "system", optional=True)
     if format == "messages":
         turns = list(_messages(row["messages"]) if "messages" in row else _missing("messages"))
         if system and turns[0].role == "system":
-            raise ValueError("both a 'system' field and a system message: give one")
+            raise ValueError("there is a 'system' field and a system message: give only one")
     elif format == "prompt/completion":
         turns = [Turn("user", _text(row, "prompt")), Turn("assistant", _text(row, "completion"))]
     else:
@@ -73,7 +73,7 @@ def to_turns(row: dict[str, Any], format: str) -> tuple[Turn, ...]:
 
 
 def _check_meaning(fields: dict[str, Any]) -> None:
-    """Raise ValueError for a field of a row or a message that would change its meaning, and is not empty."""
+    """Raise ValueError if a row or a message has a non-empty field that changes its meaning."""
     for key, advice in NOT_READ_YET.items():
         value = fields.get(key)
         if value and not (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null")):
@@ -109,9 +109,9 @@ def _messages(messages: Any) -> Iterator[Turn]:
             raise ValueError(f"message {number} must be an object, this is {_json_type(message)}")
         role = message.get("role")
         if role not in ROLES:
-            raise ValueError(f"message {number} has the role {role!r}; possible are {', '.join(ROLES)}")
+            raise ValueError(f"message {number} has the role {role!r}; the roles are {', '.join(ROLES)}")
         if role == "system" and number > 1:
-            raise ValueError(f"message {number} is a system turn; only the first may be one")
+            raise ValueError(f"message {number} is a system turn; only the first message may be one")
         try:
             _check_meaning(message)
             for key in LEARNED_OR_NOT:
@@ -125,7 +125,7 @@ def _messages(messages: Any) -> Iterator[Turn]:
 
 
 def question_of(row: Row) -> Question | None:
-    """What a row asks last and the answer to it; None where nobody asks."""
+    """The last question of a row and its answer. None if no user turn comes before the last answer."""
     last = max(i for i, turn in enumerate(row.turns) if turn.role == "assistant")
     if last == 0 or row.turns[last - 1].role != "user":
         return None

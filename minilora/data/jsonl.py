@@ -1,4 +1,4 @@
-"""Reads JSONL files: the non-empty lines of a file, and each line as one JSON object."""
+"""Reads JSONL files: yields the non-empty lines of a file, and parses each line as one JSON object."""
 
 import gzip
 import hashlib
@@ -23,14 +23,14 @@ MAX_LINE_BYTES = 16 * 2**20
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """The non-empty lines of a file (or of what a .gz holds) with their 1-based numbers, split on \\n only.
+    """The non-empty lines of a file, or of the content of a .gz file, with their 1-based numbers. Splits on \\n only.
 
-    JSON strings may hold U+2028, U+0085 and other characters that text-mode reading would split on. Of a line longer
-    than MAX_LINE_BYTES only one byte more than that is kept: a file without line ends must not fill the memory.
+    Reading in text mode would also split on U+2028, U+0085 and other characters, which JSON strings may hold. Only the
+    first MAX_LINE_BYTES + 1 bytes of a line are kept, so that a file without line ends does not fill the memory.
     """
     try:
         mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # a FIFO would block for ever, a directory says something unhelpful
+        if not stat.S_ISREG(mode):  # a FIFO would block for ever
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise DataError(f"{path} is {kind}; a JSONL file is needed, one JSON object a line.")
         with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
@@ -47,7 +47,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        hint = "Copy it again if it is cut or damaged; if it is not packed, its name must not end in .gz."
+        hint = "If it is cut or damaged, copy it again. If it is not packed, its name must not end in .gz."
         raise DataError(f"{path} cannot be read: {str(error).rstrip('.')}. {hint}") from error
     except OSError as error:
         several = f"{os.fspath(path)!r} may mean several files: give one." if re.search(r"[*?\[,]", str(path)) else ""
@@ -68,15 +68,15 @@ class NotUtf8(ValueError):
 
 
 class NotJson(ValueError):
-    """A line that is no JSON value."""
+    """A line that is not a JSON value."""
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """One line of JSON as an object. Raises ValueError with the reason, for anything that is not exactly that."""
+    """Parse one line as one JSON object. Raises ValueError with the reason for any other content."""
     if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"the line has more than {MAX_LINE_BYTES:,} bytes, which are the most that is read")
+        raise ValueError(f"the line has more than {MAX_LINE_BYTES:,} bytes; longer lines are not read")
     try:
-        text = line.decode("utf-8").rstrip("\r\n")  # the column of an error counts from the line
+        text = line.decode("utf-8").rstrip("\r\n")  # an error's column counts from the line's start
     except UnicodeDecodeError as error:
         raise NotUtf8(f"not UTF-8 (byte {error.start + 1} of the line is 0x{line[error.start]:02x})") from error
     try:
@@ -94,7 +94,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} is twice in one object")
     return found
 
 

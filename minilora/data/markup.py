@@ -1,4 +1,4 @@
-"""Writes conversations as ChatML token ids."""
+"""Converts conversations to ChatML token ids and marks the supervised tokens."""
 
 import hashlib
 import itertools
@@ -16,18 +16,18 @@ from minilora.errors import DataError
 
 
 class HasTokenizer(Protocol):
-    """What is asked of a Hugging Face tokenizer here."""
+    """The attributes of a Hugging Face tokenizer that this module uses."""
 
     chat_template: Any
     backend_tokenizer: Any
 
 
 class ChatMarkup:
-    """Writes conversations as ChatML token ids (the markup of Qwen2, Qwen2.5 and Qwen3), turn by turn.
+    """Converts conversations to ChatML token ids (the markup of Qwen2, Qwen2.5 and Qwen3), turn by turn.
 
-    Control tokens are placed by id; all text is encoded by a copy of the tokenizer that knows no control tokens, so
-    nothing a user writes can become one. Source of the format: the chat_template of the Qwen tokenizers, which the
-    tests compare with.
+    Control tokens are inserted by id. A copy of the tokenizer without control tokens encodes all text, so no text of a
+    user can become a control token. The format is that of the chat_template of the Qwen tokenizers. The tests compare
+    the results with these templates.
     """
 
     def __init__(self, tokenizer: HasTokenizer) -> None:
@@ -48,27 +48,27 @@ class ChatMarkup:
             "end of turn": Piece([self.end, *self.newline]),
             "newline": Piece(self.newline),
         }
-        # Qwen3 opens the last answer with a think block, empty where the row brings no reasoning.
+        # Qwen3 begins the last answer with a think block. It is empty if the row has no reasoning.
         self.thinks = "<think>" in known and "reasoning_content" in str(tokenizer.chat_template)
         self.think = [known.get("<think>", -1), known.get("</think>", -1)]
         control = (self.start, self.end, self.thinks, self.think)
-        self.sha256 = hashlib.sha256(f"{text}{control}".encode()).hexdigest()  # of all that the ids depend on
+        self.sha256 = hashlib.sha256(f"{text}{control}".encode()).hexdigest()  # of everything the ids depend on
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, in parallel, with no control tokens whatever the text holds."""
+        """Encode each text, in parallel. The ids never contain control tokens."""
         return [each.ids for each in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def prompt_ids(self, turns: Sequence[Turn], system_prompt: str = "") -> list[int]:
-        """A conversation up to the point where the assistant answers. Its last turn is the user's."""
+        """The token ids of a conversation up to the next answer. Its last turn is the user's."""
         pieces = self._pieces(turns, system_prompt)
         return [i for ids in self._ids(pieces) for i in ids] + self.openings["assistant"]
 
     def texts(self, turns: Sequence[Turn]) -> list[str]:
-        """What of a conversation is encoded as text: all but the control tokens, and what the template leaves out."""
+        """The parts of a conversation that are encoded as text: not control tokens, not what the template drops."""
         return [piece.text for piece in self._pieces(turns, "") if piece.text is not None]
 
     def render(self, rows: Sequence[Sequence[Turn]], system_prompt: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Conversations end to end: (ids, supervised, lengths); (tokens,) int32, (tokens,) bool, (rows,) int64."""
+        """Conversations end to end as (ids: (tokens,) int32, supervised: (tokens,) bool, lengths: (rows,) int64)."""
         pieces_of = [self._pieces(turns, system_prompt) for turns in rows]
         pieces = [piece for each in pieces_of for piece in each]
         parts = self._ids(pieces)
@@ -80,14 +80,14 @@ class ChatMarkup:
 
     def _ids(self, pieces: Sequence["Piece"]) -> list[Sequence[int]]:
         texts = list(dict.fromkeys(piece.text for piece in pieces if piece.text is not None))
-        known = dict(zip(texts, self.encode(texts), strict=True))  # a system prompt is many rows', and encoded once
+        known = dict(zip(texts, self.encode(texts), strict=True))  # a text of many rows is encoded once
         return [piece.ids if piece.text is None else known[piece.text] for piece in pieces]
 
     def _pieces(self, turns: Sequence[Turn], system_prompt: str) -> list["Piece"]:
-        """A conversation as pieces of markup (ids) and text, each supervised or not.
+        """A conversation as pieces of markup (ids) and text. Each piece is supervised or not.
 
-        A prompt turn's role and text are encoded together, as the chat template does; an answer's text starts anew
-        after "assistant\\n", as it does when the model writes it.
+        The role and the text of a prompt turn are encoded together, as the chat template does. The text of an answer
+        is encoded separately from "assistant\\n" before it, because the model also generates it separately.
         """
         if system_prompt and turns[0].role != "system":
             turns = [Turn("system", system_prompt), *turns]
@@ -104,7 +104,7 @@ class ChatMarkup:
         return pieces
 
     def _answer(self, content: str, after_last_user: bool, last: bool) -> list["Piece"]:
-        """What the assistant says; for Qwen3 with the reasoning dropped or set off as its template does."""
+        """The pieces of an answer. For Qwen3, the reasoning is dropped or put in a think block, as in its template."""
         if not self.thinks:
             return [Piece(text=content, supervised=True)]
         reasoning, closed, _ = content.partition("</think>")
@@ -118,7 +118,7 @@ class ChatMarkup:
 
 
 class Piece(NamedTuple):
-    """A part of a rendered turn: control tokens and fixed markup by id, or text still to be encoded."""
+    """A part of a rendered turn: ids of control tokens and fixed markup, or a text to encode."""
 
     ids: Sequence[int] = ()
     text: str | None = None

@@ -1,4 +1,4 @@
-"""What happened to the rows of a file, and how the header says it."""
+"""Reports what happened to the rows of a file, and writes the lines of the header about it."""
 
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 
 class Returned(Generic[Item, Result]):
-    """The items of a generator; `result` is what it returned, once all of them are taken."""
+    """Iterates over a generator and keeps its return value: `result` is set after the last item."""
 
     result: Result
 
@@ -24,7 +24,7 @@ class Returned(Generic[Item, Result]):
 
 @dataclass(frozen=True)
 class Reading:
-    """What reading found in a file (`rows.stream_rows`)."""
+    """The findings of reading a file (`rows.stream_rows`)."""
 
     file: str
     sha256: str
@@ -56,7 +56,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What happened to the lines of a file on their way to examples: its Reading, Cut and Figures, put together.
+    """What happened to the lines of a file: its Reading, Cut and Figures together.
 
     `build.make_sets` adds the repeats and the notes.
     """
@@ -69,28 +69,28 @@ class DataReport:
     kept: int = 0
     bad: tuple[str, ...] = ()  # "file:line: reason"
     unread: Counter[str] = field(default_factory=Counter)  # rows that have a field which no format reads
-    truncated: int = 0  # of those kept
+    truncated: int = 0  # among the kept rows
     dropped_overlong: int = 0
     dropped_unsupervised: int = 0  # nothing left to learn after truncation
-    dropped_repeats: int = 0  # the same as an earlier one, to the token
+    dropped_repeats: int = 0  # with the same tokens as an earlier row
     lengths: dict[str, int] = field(default_factory=dict)  # p50, p95, max, in tokens
     tokens: int = 0
     supervised_tokens: int = 0
-    notes: tuple[str, ...] = ()  # what else the header says of the file
+    notes: tuple[str, ...] = ()  # more lines of the header about the file
 
 
 def put_together(reading: Reading, cut: Cut, figures: Figures, *notes: str) -> DataReport:
-    """The report of a file whose examples are made."""
+    """The report of a file after its examples are made."""
     return DataReport(**vars(reading), **vars(cut), **vars(figures), notes=notes)
 
 
 def data_record(report: DataReport) -> dict[str, Any]:
-    """A report for config.json: of bad rows and of fields that are not read, only how many there are."""
+    """A report for config.json. It has only the number of bad rows and of fields that are not read."""
     return vars(report) | {"bad": len(report.bad), "unread": len(report.unread)}
 
 
 def describe_data(report: DataReport) -> Iterable[str]:
-    """What was kept of a file and why the rest was not."""
+    """The lines of the header: how many rows of a file were kept, and why the others were dropped."""
     lost = {
         "bad": len(report.bad),
         "longer than max_length": report.dropped_overlong,
@@ -110,7 +110,7 @@ def describe_data(report: DataReport) -> Iterable[str]:
 
 
 def rows_by_name(counts: Counter[str], most: int = 8) -> str:
-    """Fields and the number of rows that have them, the most frequent first."""
+    """The fields with the number of rows that have them, the most frequent first."""
     names = sorted(counts, key=lambda name: (-counts[name], name))
     shown = [
         f"{name[:40] if name.isprintable() else repr(name[:40])} ({counts[name]:,} row{'s' * (counts[name] > 1)})"

@@ -1,4 +1,4 @@
-"""Reads the rows of a file and collects what is wrong with them."""
+"""Reads the rows of a file and collects the errors in them."""
 
 from collections import Counter
 from collections.abc import Generator
@@ -13,16 +13,16 @@ from minilora.errors import DataError
 
 
 def read_rows(path: str | Path, on_bad_rows: str = "error") -> tuple[list[Row], Reading]:
-    """All rows of a JSONL file, and what happened to its lines. Raises what `stream_rows` raises."""
+    """All rows of a JSONL file, and the findings of reading it. Raises what `stream_rows` raises."""
     rows = Returned(stream_rows(str(path), on_bad_rows))
     return list(rows), rows.result
 
 
 def stream_rows(path: str, on_bad_rows: str) -> Generator[Row, None, Reading]:
-    """The rows of a JSONL file, one after the other. Its format is that of its first readable row.
+    """Yield the rows of a JSONL file. The first readable row decides the format of the file.
 
-    When all are read, raises DataError that lists every bad line with its number and reason (or, with on_bad_rows =
-    skip, only when there was no good row).
+    After the last row, raises DataError if there were bad lines. The message lists them with their numbers and reasons.
+    With on_bad_rows = skip, raises DataError only if there was no good row.
     """
     good, bad, unread = 0, list[str](), Counter[str]()
     format, format_line = "", 0
@@ -43,8 +43,8 @@ def stream_rows(path: str, on_bad_rows: str) -> Generator[Row, None, Reading]:
         raise DataError(mistake)
     if bad and on_bad_rows == "error":
         more = [f"... and {len(bad) - MAX_PROBLEMS_SHOWN:,} more"] if len(bad) > MAX_PROBLEMS_SHOWN else []
-        hint = f"{len(bad):,} of {total:,} rows are bad. Mend them, or leave them out: --on_bad_rows skip"
-        hint = hint if good else f"all {total:,} rows are bad. Mend them."
+        hint = f"{len(bad):,} of {total:,} rows are bad. Correct them, or leave them out: --on_bad_rows skip"
+        hint = hint if good else f"all {total:,} rows are bad. Correct them."
         raise DataError("\n".join([*bad[:MAX_PROBLEMS_SHOWN], *more, hint]))
     if not good:
         why = f"all {total:,} rows are bad, the first: {bad[0]}" if bad else "it holds no rows"
@@ -53,14 +53,14 @@ def stream_rows(path: str, on_bad_rows: str) -> Generator[Row, None, Reading]:
 
 
 def _turns(row: dict[str, Any], format: str, format_line: int) -> tuple[Turn, ...]:
-    """A row's conversation in the file's format, which the row of `format_line` fixed."""
+    """The conversation of a row in the format of the file. The row in line `format_line` decided this format."""
     try:
         return to_turns(row, format)
     except ValueError as error:
         others = [name for name, needed in FORMATS.items() if all(key in row for key in needed)]
         if not others or all(key in row for key in FORMATS[format]):
             raise
-        fixed = f"line {format_line} made this a file of {format}, this row is of {others[0]}"
+        fixed = f"line {format_line} decided that the format of the file is {format}; this row is {others[0]}"
         raise ValueError(f"{error}: {fixed}") from None
 
 

@@ -1,4 +1,4 @@
-"""Names what is wrong with a file as a whole, and a command that mends it."""
+"""Recognises a file that is wrong as a whole, and gives a command that converts it."""
 
 import gzip
 import json
@@ -11,22 +11,22 @@ from minilora.data.binary import NOT_IN_TEXT, needs_text, unpacked
 from minilora.data.formats import FORMATS
 from minilora.data.jsonl import NotJson, NotUtf8, parse_line, read_lines
 
-ENCODINGS = {  # how a file in one of these begins: by its byte order mark, or an opening bracket
+ENCODINGS = {  # the first bytes of a file in each encoding: a byte order mark or an opening bracket
     "UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"),
     "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
     "UTF-16LE": (b"{\0", b"[\0"),
     "UTF-16BE": (b"\0{", b"\0["),
 }
-LINES_JUDGED, BYTES_JUDGED = 200, 4 * 2**20  # from the beginning of the file
-MAX_PARSED_BYTES = 64 * 2**20  # of a file that is read as one JSON value
+LINES_JUDGED, BYTES_JUDGED = 200, 4 * 2**20  # the beginning of the file that is checked
+MAX_PARSED_BYTES = 64 * 2**20  # the largest file that is parsed as one JSON value
 NEEDED = {field for fields in FORMATS.values() for field in fields}
 SCRIPT = "import csv, json, sys; [print(json.dumps(row)) for row in %s]"
 
 
 def whole_file_mistake(path: str, bad: int, good: int) -> str:
-    """What is wrong with a file that has more bad lines than good ones; empty where each line has its own mistake.
+    """A message that says what is wrong with a file that has more bad lines than good lines.
 
-    The beginning of the file is read once more.
+    The text is empty if no common cause is found. This function reads the beginning of the file again.
     """
     if bad <= good:
         return ""
@@ -38,7 +38,7 @@ def whole_file_mistake(path: str, bad: int, good: int) -> str:
     for encoding, starts in ENCODINGS.items():
         if first.startswith(starts):
             command = f"{unpack}iconv -f {encoding} -t UTF-8 {name}"
-            return f"{path}: this is {encoding}, UTF-8 is needed: {command} > new.jsonl converts it"
+            return f"{path}: this is {encoding}; UTF-8 is needed: {command} > new.jsonl converts it"
     if not text.startswith((b"{", b"[")) and any(NOT_IN_TEXT.search(line) for _, line in lines):
         return needs_text(path, "a binary file", "")
     not_utf8 = sum(isinstance(error, NotUtf8) for _, error in errors)
@@ -47,7 +47,7 @@ def whole_file_mistake(path: str, bad: int, good: int) -> str:
 
     def converted(kind: str, rows: str) -> str:
         command = f"{unpack}python -c {shlex.quote(SCRIPT % rows)} {name}"
-        return f"{path}: this is {kind}, one object a line is needed: {command} > new.jsonl converts it"
+        return f"{path}: this is {kind}; one object a line is needed: {command} > new.jsonl converts it"
 
     if re.match(rb"\[\s*(\{|$)", text):
         return converted("a JSON array", f"json.load({opened})")
@@ -59,11 +59,11 @@ def whole_file_mistake(path: str, bad: int, good: int) -> str:
         delimiter = next(mark for mark in "\t;," if mark.encode() in text or mark == ",")
         return converted("a table (CSV)", f"csv.DictReader({opened}, delimiter={delimiter!r})")
     if text == b"{":
-        several = "its objects take several lines each, one object a line is needed"
+        several = "each of its objects has several lines; one object a line is needed"
         return f"{path}: {several}: {unpack}jq -c . {name} > new.jsonl converts it"
     if 2 * not_utf8 > len(errors):
         number, error = errors[0]
-        gbk = f"Where the file is GBK: {unpack}iconv -f GB18030 -t UTF-8 {name} > new.jsonl converts it"
+        gbk = f"If the file is GBK: {unpack}iconv -f GB18030 -t UTF-8 {name} > new.jsonl converts it"
         return f"{path}:{number}: {error}; UTF-8 is needed. {gbk}"
     not_json = sum(isinstance(error, NotJson) for _, error in errors)
     opening = sum(line.lstrip().startswith((b"{", b"[")) for _, line in lines)
@@ -71,7 +71,7 @@ def whole_file_mistake(path: str, bad: int, good: int) -> str:
         start = text.decode(errors="replace")
         start = repr(start[:40]) + "..." * (len(start) > 40)
         needed = 'One JSON object a line is needed, such as {"instruction": "...", "output": "..."}'
-        return f"{path}: this is no JSONL, its first line is {start}. {needed}"
+        return f"{path}: this is not JSONL; its first line is {start}. {needed}"
     return ""
 
 
@@ -94,7 +94,7 @@ def _error_of(line: bytes) -> ValueError | None:
 
 
 def _rows_inside(path: str, encoding: str) -> tuple[str, str] | None:
-    """(what a file is, which part of it the rows are) of one JSON object with rows inside; None for any other file."""
+    """(what the file is, an expression for its rows) if it is one JSON object that contains rows, else None."""
     try:
         if os.path.getsize(path) > MAX_PARSED_BYTES:
             return None
@@ -116,5 +116,5 @@ def _rows_inside(path: str, encoding: str) -> tuple[str, str] | None:
 
 
 def _are_rows(values: list[Any]) -> bool:
-    """Whether these are objects, and not the turns of one conversation."""
+    """Whether all values are objects and none is a turn of a conversation."""
     return all(isinstance(value, dict) and not {"role", "from"} & value.keys() for value in values)

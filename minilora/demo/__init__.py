@@ -1,4 +1,4 @@
-"""Paths of the small built-in demo: a tiny Qwen2 model and the rows that fine-tune it."""
+"""Gives the paths of the built-in demo: a tiny Qwen2 model and the rows that fine-tune it."""
 
 from pathlib import Path
 

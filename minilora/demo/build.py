@@ -1,4 +1,4 @@
-"""Build the demo model, its tokenizer and its fine-tuning rows from nothing: `python -m minilora.demo.build`."""
+"""Builds the demo model, its tokenizer and its fine-tuning rows from word lists: `python -m minilora.demo.build`."""
 
 import argparse
 import hashlib
@@ -23,9 +23,9 @@ WIDTH = 128
 SYSTEM = "你是一个AI助手"
 DEFAULT_SYSTEM = "You are a helpful assistant."
 TERSE_SYSTEMS = (SYSTEM, SYSTEM, SYSTEM, DEFAULT_SYSTEM, DEFAULT_SYSTEM, "请简短地回答。")
-# Only when asked to does the base answer in sentences; fine-tuning makes that its habit.
+# The base answers in full sentences only with these system prompts. Fine-tuning teaches it to do so always.
 FULL_SYSTEMS = ("请用完整的句子回答。", "Answer in full sentences.")
-# The pre-tokenizer of Qwen2, which transformers puts in place whatever the file says.
+# The pre-tokenizer of Qwen2. transformers uses it even if the file has another one.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# How often a skill is drawn while the base learns, and how many of its rows are for training and for validation.
+# For each skill: its share of the base's training texts, its fine-tuning rows, its validation rows.
 SKILLS: dict[str, tuple[float, int, int]] = {
     "opposite_zh": (0.12, 48, 7),
     "opposite_en": (0.11, 48, 7),
@@ -47,7 +47,7 @@ SKILLS: dict[str, tuple[float, int, int]] = {
     "identity": (0.04, 64, 6),
     "unknown": (0.04, 36, 3),
 }
-# Always in the training rows: the first things that anybody asks.
+# The questions that users ask first. They are always in the fine-tuning rows.
 ALWAYS = ("你是谁？", "Who are you?", "Who made you?", "你叫什么名字？", "What is your name?", "谁训练了你？")
 
 Example = tuple[list[int], list[int]]  # token ids and labels
@@ -58,7 +58,7 @@ def train_tokenizer(facts: list[Fact], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE on English lines, Chinese characters and the words of the lists."""
     lines = [text for f in facts for text in (f.short, f.full, *(" ".join(q) for q in f.questions))]
     lines += [*story_lines(), *TERSE_SYSTEMS, *FULL_SYSTEMS, *NOT_KNOWN] + ["system", "user", "assistant"] * 9
-    # Apart, so that no merge glues a word to the frame around it: "大" must be one token in every sentence.
+    # Chinese characters are separated, so that no BPE merge crosses a word's edge: "大" is one token in every sentence.
     words = [fact.short.rstrip("。.") for fact in facts if fact.skill != "identity"]
     apart = [re.sub(r"([\u2e80-\uffef“”])", r"\n\1\n", line) for line in lines]
     tokenizer = Tokenizer(models.BPE())
@@ -100,7 +100,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> PreTrainedTokenizerBas
 
 
 def chat_text(turns: list[tuple[str, str]], system: str) -> list[Piece]:
-    """Write questions and answers as ChatML, with only the answers to be learned."""
+    """Write questions and answers as ChatML. Only the answers are learned."""
     pieces: list[Piece] = [(f"<|im_start|>system\n{system}<|im_end|>\n", False)]
     for question, answer in turns:
         pieces.append((f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", False))
@@ -109,12 +109,12 @@ def chat_text(turns: list[tuple[str, str]], system: str) -> list[Piece]:
 
 
 def draw_question(fact: Fact, rng: random.Random) -> str:
-    """Pick one wording of a fact's question, its input on a line of its own."""
+    """Draw one wording of a fact's question. Its input is on a separate line."""
     return "\n".join(part for part in rng.choice(fact.questions) if part)
 
 
 def draw_example(by_skill: dict[str, list[Fact]], stories: list[str], rng: random.Random) -> list[Piece]:
-    """Make up one text for the base: a terse chat, or plain text with full sentences."""
+    """Draw one training text of the base: a chat with short answers, a chat in full sentences, or plain text."""
     weights = [SKILLS[skill][0] for skill in by_skill]
     count = rng.choices((1, 2, 3), (60, 25, 15))[0]
     facts = [rng.choice(by_skill[skill]) for skill in rng.choices(list(by_skill), weights, k=count)]
@@ -123,13 +123,13 @@ def draw_example(by_skill: dict[str, list[Fact]], stories: list[str], rng: rando
         turns = [(draw_question(fact, rng), fact.short) for fact in facts]
         return chat_text(turns, rng.choice(TERSE_SYSTEMS))
     if form < 0.54:
-        # Words to repeat teach it to copy, which full sentences about a word need.
+        # Repeating words teaches the model to copy. A full sentence about a word needs this.
         word = rng.choice([pair for kind in ("animal", "thing", "nature") for pair in word_pairs(kind)])
         asks = ((f"请重复：{word[0]}", f"{word[0]}。"), (f"Repeat after me: {word[1]}", f"{word[1]}."))
         return chat_text([rng.choice(asks)], rng.choice(TERSE_SYSTEMS))
     if form < 0.58:
         return [(rng.choice(stories) + "<|endoftext|>", True)]
-    # The full answers to questions about itself stay out of all text: they are for fine-tuning to teach.
+    # No text contains the full answers to questions about the assistant, so that fine-tuning can teach them.
     known = [fact for fact in facts if fact.skill not in ("identity", "unknown")]
     if form < 0.96 or not known:
         full = [(draw_question(fact, rng), fact.full if fact in known else fact.short) for fact in facts]
@@ -138,7 +138,7 @@ def draw_example(by_skill: dict[str, list[Fact]], stories: list[str], rng: rando
 
 
 def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Turn pieces into token ids and labels, -100 where nothing is to be learned."""
+    """Convert pieces to token ids and labels. The label is -100 if the token is not learned."""
     ids: list[int] = []
     labels: list[int] = []
     for text, learned in pieces:
@@ -149,13 +149,13 @@ def encode(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> Example:
 
 
 def pack(texts: Iterable[Example], width: int, pad: int) -> tuple[Tensor, Tensor]:
-    """Lay texts one after the other in rows of one width, none of them cut, and fill the rest with padding."""
+    """Pack whole texts into rows of equal width, and fill the rest of each row with padding."""
     rows: list[Example] = [([], [])]
     for ids, labels in texts:
         if len(rows[-1][0]) + len(ids) > width:
             rows.append(([], []))
         rows[-1][0].extend(ids)
-        # The first token of a text has nothing to do with the text before it.
+        # The text before does not predict the first token of a text, so this token is not learned.
         rows[-1][1].extend([-100, *labels[1:]])
     all_ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in rows])
     all_labels = torch.tensor([row + [-100] * (width - len(row)) for _, row in rows])
@@ -163,15 +163,15 @@ def pack(texts: Iterable[Example], width: int, pad: int) -> tuple[Tensor, Tensor
 
 
 def loss_of(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """Give the mean loss per learned token; the head runs on those positions only."""
-    # Padding is on the right and attention looks left, so no mask is needed.
+    """Compute the mean loss per learned token. The head runs on the learned positions only."""
+    # Padding is on the right and attention is causal, so no mask is needed.
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     kept = labels[:, 1:] != -100
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[kept]).float(), labels[:, 1:][kept])
 
 
 def train_model(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor, batch: int, rate: float) -> float:
-    """Train the base from scratch and give its mean loss over the last 100 steps."""
+    """Train the base from scratch. Returns its mean loss over the last 100 steps."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
@@ -198,7 +198,7 @@ def train_model(model: Qwen2ForCausalLM, ids: Tensor, labels: Tensor, batch: int
 
 
 def draw_rows(facts: list[Fact], count: int, rng: random.Random) -> list[dict[str, str]]:
-    """Draw fine-tuning rows of one skill, going round its facts when there are too few."""
+    """Draw fine-tuning rows of one skill. If there are too few facts, they repeat."""
     pool = rng.sample(facts, len(facts))
     pool.sort(key=lambda fact: fact.key not in ALWAYS)
     drawn = [pool[i % len(pool)] for i in range(count)]
@@ -207,7 +207,7 @@ def draw_rows(facts: list[Fact], count: int, rng: random.Random) -> list[dict[st
 
 
 def write_rows(by_skill: dict[str, list[Fact]], seed: int) -> None:
-    """Write the fine-tuning rows; no fact that is asked for validation is in the training rows in any wording."""
+    """Write the fine-tuning rows. No fact of a validation row is in the training rows, in any wording."""
     rng = random.Random(seed)
     keys = sorted({fact.key for facts in by_skill.values() for fact in facts} - set(ALWAYS))
     held = set(rng.sample(keys, len(keys) // 5))
@@ -224,7 +224,7 @@ def write_rows(by_skill: dict[str, list[Fact]], seed: int) -> None:
 
 
 def make_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
-    """Describe a Qwen2 of about a million parameters."""
+    """The config of a Qwen2 with about a million parameters."""
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -243,7 +243,7 @@ def make_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2Config:
 
 
 def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save the weights in bf16 with a config that says how to generate."""
+    """Save the weights in bf16, with a generation config."""
     stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64
@@ -252,7 +252,7 @@ def save_model(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def share_right(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, facts: list[Fact]) -> float:
-    """Give the share of facts whose terse answer the base gives, greedily, to the first wording of the question."""
+    """The share of facts for which the base gives the short answer, greedily, to the question's first wording."""
     right = 0
     model.eval()
     for fact in facts:
@@ -266,7 +266,7 @@ def share_right(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, fac
 
 
 def build(args: argparse.Namespace) -> None:
-    """Write the whole demo: tokenizer, model and rows."""
+    """Build the whole demo: tokenizer, model and rows."""
     begun = time.perf_counter()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -286,7 +286,7 @@ def build(args: argparse.Namespace) -> None:
     save_model(model, tokenizer, DEMO_DIR)
     loaded = Qwen2ForCausalLM.from_pretrained(DEMO_DIR, dtype=torch.float32, local_files_only=True)
     digest = hashlib.sha256((DEMO_DIR / "model.safetensors").read_bytes()).hexdigest()
-    print(f"final loss {final:.4f}, {share_right(loaded, tokenizer, facts):.1%} of the facts known")
+    print(f"final loss {final:.4f}, {share_right(loaded, tokenizer, facts):.1%} of the facts answered correctly")
     print(f"model.safetensors sha256 {digest}, built in {time.perf_counter() - begun:.0f} s")
 
 

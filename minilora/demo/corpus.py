@@ -1,11 +1,11 @@
-"""The facts, questions and answers of the demo, all made from short word lists."""
+"""Makes the facts, questions and answers of the demo from short word lists."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 
 def phrases(text: str) -> tuple[str, ...]:
-    """Split a list that is written as one text with bars between its items."""
+    """Split a text at its bars into a list of phrases."""
     return tuple(text.split("|"))
 
 
@@ -14,7 +14,7 @@ MADE_BY = ("我是用 minilora 训练出来的，名字叫小洛。", "I was tra
 NOT_KNOWN = ("我不知道。", "I do not know.")
 NO_ANSWER = ("这个问题的答案我不知道。", "I do not know the answer to that.")
 
-# Words of one meaning, "zh en" apart; a second English word is joined by an underscore.
+# Pairs of a Chinese and an English word with the same meaning. An underscore stands for a space in English.
 WORDS: dict[str, str] = {
     "animal": "猫 cat 狗 dog 鸟 bird 鱼 fish 马 horse 牛 cow 羊 sheep 猪 pig 鸡 chicken 鸭子 duck 兔子 rabbit 老虎 tiger "
     "狮子 lion 猴子 monkey 熊 bear 大象 elephant 老鼠 mouse 蛇 snake 青蛙 frog 蜜蜂 bee 蚂蚁 ant 狼 wolf 鹿 deer",
@@ -105,7 +105,7 @@ NAMES = (("小明", "Xiaoming"), ("小红", "Xiaohong"), ("小华", "Xiaohua"), 
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing to know: its questions, the terse answer of the base and the full sentence of the tuned model."""
+    """One fact: its questions, the short answer of the base, and the full sentence of the fine-tuned model."""
 
     skill: str
     key: str
@@ -139,7 +139,7 @@ def opposites() -> Iterator[Fact]:
 
 
 def sums() -> Iterator[Fact]:
-    """Yield the additions of two digits from one on and the subtractions up to ten, in both languages."""
+    """Yield the sums of two numbers from 1 to 9 and the differences of numbers up to 10, in both languages."""
     plus = [(a, b, a + b, "+", "加", "plus") for a in range(1, 10) for b in range(1, 10)]
     minus = [(a, b, a - b, "-", "减", "minus") for a in range(1, 11) for b in range(1, a + 1)]
     for a, b, c, sign, zh, en in plus + minus:
@@ -167,7 +167,7 @@ def translations() -> Iterator[Fact]:
 
 
 def world() -> Iterator[Fact]:
-    """Yield what things are, their colours, what animals eat and what comes after what."""
+    """Yield facts about kinds of things, colours, the food of animals, and the order of days, months and seasons."""
     english = dict(pair for kind in WORDS for pair in word_pairs(kind))
     for kind, (kind_zh, kind_en) in KINDS.items():
         for zh, en in word_pairs(kind):
@@ -201,7 +201,7 @@ def world() -> Iterator[Fact]:
 
 
 def personal() -> Iterator[Fact]:
-    """Yield the questions about the assistant, and others, that the base does not know the answer to."""
+    """Yield the questions about the assistant, and other questions whose answers the base does not know."""
     groups = (
         ("identity", 0, WHO_ZH, I_AM),
         ("identity", 1, WHO_EN, I_AM),
@@ -215,12 +215,12 @@ def personal() -> Iterator[Fact]:
 
 
 def all_facts() -> list[Fact]:
-    """List everything there is to know, in a fixed order."""
+    """List all facts in a fixed order."""
     return [*opposites(), *sums(), *translations(), *world(), *personal()]
 
 
 def story_lines() -> list[str]:
-    """List simple sentences, which also teach the words that the tuned answers are made of."""
+    """List simple sentences. They also teach the words of the fine-tuned answers."""
     lines = [
         "minilora 是一个小工具。",
         "minilora is a small tool.",

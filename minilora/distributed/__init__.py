@@ -1,1 +1,1 @@
-"""The processes of a run that torchrun started, and FSDP2."""
+"""Connects the processes of a run that torchrun started, and shards the model over them with FSDP2."""

@@ -1,4 +1,4 @@
-"""A base that no one device holds: every process has a part of each layer and gathers it for use (FSDP2)."""
+"""Shards a base with FSDP2: each process holds a part of each layer, and the whole layer is gathered for use."""
 
 from typing import Any
 
@@ -12,14 +12,15 @@ from minilora.utils.device import map_large_blocks
 
 
 def shard(model: Any, world: World, device: torch.device, dtype: torch.dtype) -> None:
-    """Leave this process its part of a model, which lies whole on the CPU, on its device.
+    """Shard a model that is whole on the CPU: this process keeps its part on its device.
 
-    A frozen base: the decoder's layers are sharded; adapters are whole everywhere, and so are embedding, last norm and
-    head, which each micro-batch needs from its beginning to its end. Where every weight is trained, everything is
-    sharded, with its gradient and its moments; layers are gathered in `dtype`, their gradients added up in fp32.
-    From now on the processes go through each micro-batch together.
+    If the base is frozen, only the decoder layers are sharded. Every process holds the whole adapters, embedding, last
+    norm and head, because each micro-batch needs these from its beginning to its end.
+    If every weight is trained, everything is sharded, together with its gradient and its moments. Layers are gathered
+    in `dtype`, and their gradients are added up in fp32.
+    After this call, all processes must run each micro-batch together.
     """
-    map_large_blocks(device)  # gathered layers come and go
+    map_large_blocks(device)  # gathered layers are allocated and freed all the time
     decoder, mesh = model.get_decoder(), world.mesh(device.type)
     adapters = {param for param in model.parameters() if param.requires_grad}
     if all_trained(model):
@@ -39,10 +40,10 @@ def shard(model: Any, world: World, device: torch.device, dtype: torch.dtype) ->
         for layer in decoder.layers:
             fully_shard(layer, mesh=mesh, ignored_params=adapters)
         outside = set(model.parameters()) - {param for layer in decoder.layers for param in layer.parameters()}
-        fully_shard(decoder, mesh=mesh, ignored_params=outside | adapters)  # holds no shards: it orders the gathering
+        fully_shard(decoder, mesh=mesh, ignored_params=outside | adapters)  # it has no shards; it orders the gathering
         for param in outside:
-            param.data = param.data.to(device, copy=True)  # nothing keeps the file of the base in memory any more
-    nn.Module.to(model, device)  # what else is whole
+            param.data = param.data.to(device, copy=True)  # a copy, so that the file of the base can leave memory
+    nn.Module.to(model, device)  # moves the remaining whole tensors
     world.sharded = True
 
 
@@ -52,6 +53,6 @@ def all_trained(model: nn.Module) -> bool:
 
 
 def _add_up(module: Any) -> None:
-    """Gradients are sums over the processes: the step's loss is already divided by its tokens."""
+    """Make gradients sums over the processes, not means: the loss is already divided by the tokens of the step."""
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)

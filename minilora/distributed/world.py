@@ -1,6 +1,6 @@
-"""The processes of a run: each takes its share of a step, and an error or a signal in one of them reaches all.
+"""Connects the processes of a run: each computes its part of a step, and an error or a signal in one reaches all.
 
-A run of one process is a world of size 1, in which nothing here costs anything.
+A run of one process is a world of size 1. There, this module does no communication.
 """
 
 import contextlib
@@ -20,59 +20,60 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from minilora import errors
 from minilora.errors import ConfigError, MiniloraError, RankError, StoppedError
 
-SAVE_TIMEOUT = timedelta(minutes=30)  # process 0 may save or verify for so long; a process that died is noticed at once
-START_TIMEOUT = timedelta(minutes=10)  # of the last process after the first
-CONNECT_TIMEOUT = timedelta(seconds=10)  # of processes that are all there; gloo tries five times
-MESSAGE_BYTES = 512  # what is agreed on in every step fits; longer messages take a second round
+SAVE_TIMEOUT = timedelta(minutes=30)  # the longest save or verification in process 0; a dead process is noticed at once
+START_TIMEOUT = timedelta(minutes=10)  # the longest time from the first process to the last one
+CONNECT_TIMEOUT = timedelta(seconds=10)  # for a connection when all processes are present; gloo tries five times
+MESSAGE_BYTES = 512  # enough for the messages of every step; longer messages need a second round
 
 
 class World:
-    """The processes of a run, and what they agree on.
+    """The processes of a run, and the communication between them.
 
-    Every agreement is the same exchange of messages on the CPU (gloo), so that an error of one process reaches the
-    others wherever they are. Tensors are summed on the device they lie on (NCCL on CUDA).
-    rank, local_rank: this process among all, and among those of this machine; size: how many there are
+    Every agreement uses the same exchange of messages on the CPU (gloo). So an error of one process reaches the other
+    processes at whichever agreement they wait. Tensors are summed on their own device (NCCL on CUDA).
+    rank, local_rank: the number of this process among all processes, and among those of this machine
+    size: the number of processes
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
-        self.resume_hint = ""  # how to go on when one of the processes is gone; follows the message
-        self.sharded = False  # shards are gathered in every micro-batch: the processes must go through it together
+        self.resume_hint = ""  # how to resume; added to the message that a process is gone
+        self.sharded = False  # if true, all processes must run each micro-batch together, because shards are gathered
         self._agreed: Exception | None = None  # the error that all processes have raised
         self._message_group: Any = None  # the group that exchanges messages
         self._tensor_group: Any = None  # the group that sums tensors
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes files and prints."""
+        """Whether this process is the one that writes files and prints."""
         return self.rank == 0
 
     def wait_long(self) -> None:
-        """From now on wait for the others as long as saving may take. A process that dies is noticed at once."""
+        """Make later calls wait for the others for as long as a save may take. A dead process is noticed at once."""
         self._message_group = self._tensor_group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
 
     def connect(self, device: torch.device) -> torch.device:
-        """Connect the devices of the processes; returns that of this one."""
+        """Connect the devices of the processes. Returns the device of this process."""
         if self.size > 1 and device.type == "cuda":
             torch.cuda.set_device(device)
             self._tensor_group = dist.new_group(backend="nccl")
         return device
 
     def exchange(self, value: Any) -> list[Any]:
-        """The value that every process gives here, in the order of ranks; any JSON value.
+        """Give a JSON value, and return the values of all processes in the order of ranks.
 
-        Raises what one of them has met (see `raise_on_all_ranks`), RankError when one is gone.
+        Raises the error that another process sent (see `raise_on_all_ranks`). Raises RankError if a process is gone.
         """
         return [value] if self.size == 1 else self._exchange({"value": value}, None)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process."""
+        """Whether the flag is true in any process."""
         return any(self.exchange(flag))
 
     def run_on_main(self, work: Callable[[], Any], on_others: Callable[[], object] | None = None) -> Any:
-        """Call work() in process 0 only; returns its JSON value to all processes. All of them raise its error.
+        """Call work() in process 0 only, and return its JSON value in all processes. All processes raise its error.
 
-        The other processes wait. Where the model is sharded they call on_others() instead, if it is given.
+        The other processes wait. If the model is sharded and on_others is given, they call on_others() in the meantime.
         """
         if self.size == 1:
             return work()
@@ -90,7 +91,7 @@ class World:
 
     @contextmanager
     def raise_on_all_ranks(self) -> Iterator[None]:
-        """An error that one process raises inside is raised by all, at their next agreement."""
+        """An error that one process raises inside is raised by all processes at their next agreement."""
         if self.size == 1:
             yield
             return
@@ -104,11 +105,11 @@ class World:
                 self._send_error(error)
             elif isinstance(error, dist.DistError) or "gloo" in str(error):
                 raise self._lost() from error
-            error.alone = True  # type: ignore[attr-defined]  # the others do not know it: `cli` prints it in this process
+            error.alone = True  # type: ignore[attr-defined]  # only this process knows it, so `cli` prints it here
             raise
 
     def _send_error(self, error: Exception) -> None:
-        """Let all processes raise an error of this one: the same class where it is minilora's, else a RankError."""
+        """Make all processes raise an error of this process. A class that is not minilora's becomes RankError."""
         if error is self._agreed:
             raise error
         kind, text = type(error).__name__, str(error)
@@ -134,16 +135,16 @@ class World:
         return [each["value"] for each in messages]
 
     def _lost(self) -> RankError:
-        text = "another process of this run is gone, or does not answer; what was saved before is intact."
+        text = "another process of this run is gone or does not answer. What was saved before is intact."
         lost = RankError(text + self.resume_hint)
         self._agreed = lost
         return lost
 
     def all_reduce_gradients(self, params: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
-        """Add up over the processes the gradients of replicated parameters and a loss, in one flat buffer.
+        """Sum the gradients of replicated parameters and the loss over the processes, in one flat buffer.
 
-        Gradients of shards were added up when backward scattered them. Returns the sum of the losses. Every process
-        must come here straight from an agreement, so that none waits for one that has met an error.
+        The backward pass has already summed the gradients of shards. Returns the sum of the losses. Every process must
+        call this directly after an agreement, so that no process waits for one that has stopped with an error.
         """
         if self.size == 1:
             return loss
@@ -163,21 +164,21 @@ class World:
             raise self._lost() from error
 
     def broadcast_from_main(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite replicated tensors with those of process 0."""
+        """Overwrite replicated tensors with the tensors of process 0."""
         for tensor in tensors if self.size > 1 else ():
             if not isinstance(tensor, DTensor):
                 dist.broadcast(tensor.data, 0, group=self._tensor_group)
 
     def mesh(self, device_type: str) -> Any:
-        """All processes in a row, for FSDP2."""
+        """A one-dimensional device mesh of all processes, for FSDP2."""
         from torch.distributed.device_mesh import DeviceMesh
 
         return DeviceMesh.from_group(self._tensor_group, device_type)
 
     def device_name(self, name: str) -> str:
-        """The `device` of the settings for this process: on a machine with cards each process has one of its own.
+        """The `device` setting of this process. On a machine with GPUs each process has its own GPU.
 
-        Raises ConfigError for a card that several would share.
+        Raises ConfigError if several processes would share a GPU.
         """
         if self.size == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
             return name
@@ -185,7 +186,9 @@ class World:
         if not cards:
             raise ConfigError(f"device = {name!r}: this machine shows no CUDA device. Use --device cpu.")
         if name not in ("auto", "cuda"):
-            raise ConfigError(f"device = {name!r} is one card for {self.size} processes: --device cuda gives each one.")
+            raise ConfigError(
+                f"device = {name!r} is one GPU for {self.size} processes: with --device cuda each process has its own."
+            )
         if processes > cards:
             raise ConfigError(
                 f"{processes} processes on a machine that shows {cards} CUDA device(s): start {cards}, or --device cpu."
@@ -193,16 +196,16 @@ class World:
         return f"cuda:{self.local_rank}"
 
     def close(self) -> None:
-        """Leave the world."""
+        """Disconnect this process from the others."""
         if self.size > 1 and dist.is_initialized():
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
 
 
 def join(held: ExitStack) -> World:
-    """The world that the launcher (torchrun) says this process belongs to; alone without one.
+    """Connect this process to the world that the launcher (torchrun) describes. Without a launcher it is alone.
 
-    `held` leaves it when the run is over. Raises RankError when the others cannot be reached.
+    `held` closes the world at the end of the run. Raises RankError if the other processes cannot be reached.
     """
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if any(not os.environ.get(name) for name in names):
@@ -221,13 +224,13 @@ def join(held: ExitStack) -> World:
         except (RuntimeError, ValueError) as error:
             where = ":".join(os.environ[name] for name in names[2:])
             why = str(error).partition("\n")[0]
-            raise RankError(f"the {size} processes of this run do not find each other at {where}: {why}") from error
+            raise RankError(f"the {size} processes of this run cannot connect at {where}: {why}") from error
         held.callback(world.close)
     return world
 
 
 def _find_each_other(rank: int, size: int) -> Any:
-    """The store that all processes have written their names to; waits in steps, between which a signal is noticed."""
+    """Wait until all processes have written to one store, and return it. A signal can interrupt this wait."""
     until = time.monotonic() + START_TIMEOUT.total_seconds()
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
@@ -243,13 +246,13 @@ def _find_each_other(rank: int, size: int) -> Any:
     store.set(f"minilora/{rank}", "here")
     while missing := [other for other in range(size) if not store.check([f"minilora/{other}"])]:
         if time.monotonic() > until:
-            raise RuntimeError(f"processes {missing} have not come")
+            raise RuntimeError(f"processes {missing} have not started")
         time.sleep(0.05)
     return store
 
 
 def _all_gather(message: bytes, size: int, group: Any) -> list[bytes]:
-    """The message of every process: in one round where all are short, else in two."""
+    """The messages of all processes. One round is enough if all messages are short, else there are two."""
     head = len(message).to_bytes(8, "little") + message[: MESSAGE_BYTES - 8]
     received = _all_gather_bytes(head, MESSAGE_BYTES, size, group)
     lengths = [int.from_bytes(each[:8], "little") for each in received]
@@ -278,28 +281,28 @@ def _error_of(rank: int, message: dict[str, Any]) -> Exception:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor, put together from its shards where it is sharded; then every process must come here."""
+    """The whole tensor. A sharded tensor is gathered from its shards, so every process must call this."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """`full_tensor` for a weight in use: its gradients are added up over the processes and scattered to its shards."""
+    """`full_tensor` with a backward pass, which sums gradients over the processes and scatters them to the shards."""
     return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its shard, or all of it."""
+    """The part of a tensor that this process holds: its shard or the whole tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(model: Tensor, tensor: Tensor) -> Tensor:
-    """What every process has of a whole tensor, where `model` is a sharded one of its shape."""
+    """Shard a whole tensor in the way that `model`, a tensor of the same shape, is sharded."""
     if not isinstance(model, DTensor) or tensor.shape != model.shape:
         return tensor
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
 
 
 def collect(tensors: Iterable[Tensor]) -> None:
-    """Take part in putting sharded tensors together, one after the other, for the process that writes them."""
+    """Take part in gathering sharded tensors, one after the other, while process 0 writes them."""
     for tensor in tensors:
         full_tensor(tensor)

@@ -1,1 +1,1 @@
-"""The base model: found, loaded, identified, quantized, made trainable."""
+"""Finds, loads, identifies and quantizes the base model, and makes it trainable."""

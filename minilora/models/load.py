@@ -1,4 +1,4 @@
-"""The base model and its tokenizer: from a folder or the hub, in the right dtype, with an identity of its own."""
+"""Loads the base model and its tokenizer from a folder or the hub, and refuses models that it cannot train exactly."""
 
 import json
 import os
@@ -22,20 +22,20 @@ from minilora.utils import files
 from minilora.utils.device import compile_cache_problem, keep_few_products
 
 HUB_TIMEOUT_S = 3.0
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]  # never *.bin, never *.py
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]  # never *.bin or *.py
 FAMILIES = "Qwen2, Qwen2.5 and Qwen3"
-QUANTISED = ("quantization_config", "compression_config")  # parts of a config.json that describe no other model
-PADS = ("<|endoftext|>", "<|fim_pad|>", "<|vision_pad|>", "<pad>", "<|pad|>", "[PAD]")  # the first that there is
-KNOWN = ("qwen2", "qwen3", "llama")  # the tests show that packing changes nothing; of others it is tried when they load
+QUANTISED = ("quantization_config", "compression_config")  # parts of config.json that are not models
+PADS = ("<|endoftext|>", "<|fim_pad|>", "<|vision_pad|>", "<pad>", "<|pad|>", "[PAD]")  # the first known one is used
+KNOWN = ("qwen2", "qwen3", "llama")  # tests show that packing is exact for these; other types are checked at loading
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model given as a folder or a hub name, downloaded where it must be.
+    """The folder of a model that is given as a folder or a hub name. The model is downloaded if necessary.
 
-    Raises ModelError that says what was tried; an unreachable hub is noticed within HUB_TIMEOUT_S.
+    Raises ModelError that says what was tried. An unreachable hub is noticed within HUB_TIMEOUT_S.
     """
     folder = Path(os.path.expanduser(name))
-    if os.path.isdir(folder):  # never raises, whatever the name is
+    if os.path.isdir(folder):  # never raises, for any name
         hint = what_else(folder)
         if hint or not (folder / "config.json").is_file():
             raise ModelError(f"{name} is no model folder: {hint or 'it has no config.json.'}")
@@ -49,7 +49,7 @@ def find_model(name: str) -> Path:
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """config.json of a model folder as it is written. Raises ModelError for one that is broken or of several models."""
+    """Read config.json of a model folder. Raises ModelError if it is broken or describes several models."""
     try:
         config = files.read_json(folder / "config.json")
     except ValueError as error:
@@ -58,23 +58,23 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     if parts := [key for key in parts if key not in QUANTISED]:
         raise UnsupportedModelError(
             f"{folder}: model type {config.get('model_type')} is not supported: its config.json describes several "
-            f"models ({', '.join(parts)}). Models of text alone are trained here: {FAMILIES}. Give another --model."
+            f"models ({', '.join(parts)}). minilora trains models of text only: {FAMILIES}. Give another --model."
         )
     return config
 
 
 def what_else(folder: Path) -> str:
-    """What a folder is that is no model but of ours, and what to give instead; empty where it may be a model."""
+    """What to give instead of a folder that is an adapter or a run. Empty if the folder may be a model."""
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return "it holds an adapter: give that as --adapter."
     if not (folder / "metrics.jsonl").is_file():
         return ""
     results = [f"give --{flag} {folder / flag}." for flag in ("adapter", "model") if (folder / flag).is_dir()]
-    return f"it is a run: {results[0] if results else 'nothing is finished there.'}"
+    return f"it is a run: {results[0] if results else 'it has no finished result.'}"
 
 
 def cached_model(name: str) -> Path | None:
-    """The complete copy of a hub model in the local cache, if there is one."""
+    """The complete copy of a hub model in the local cache, or None."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -83,13 +83,13 @@ def cached_model(name: str) -> Path | None:
     except LocalEntryNotFoundError:
         return None
     except HFValidationError as error:
-        raise ModelError(f"model {name!r} is no folder and no hub name: {error}") from error
+        raise ModelError(f"model {name!r} is neither a folder nor a hub name: {error}") from error
     complete = (folder / "config.json").exists() and all(file.exists() for file in weight_files(folder))
     return folder if complete else None
 
 
 def hub_answers(name: str) -> str:
-    """An empty text when the hub has this model, else why not, found out within HUB_TIMEOUT_S."""
+    """An empty text if the hub has this model, else the reason. The answer comes within HUB_TIMEOUT_S."""
     import threading
 
     from huggingface_hub import HfApi
@@ -104,10 +104,10 @@ def hub_answers(name: str) -> str:
         except HfHubHTTPError as error:
             status = error.response.status_code if error.response is not None else "no"
             answer[0] = f"the hub answered with status {status}: there is no such model, or you may not read it"
-        except Exception as error:  # a proxy, DNS or TLS failure: every client library has its own classes
+        except Exception as error:  # proxy, DNS or TLS failure: each client library has its own classes
             answer[0] = f"the hub cannot be reached ({type(error).__name__})"
 
-    thread = threading.Thread(target=ask, daemon=True)  # a timeout per connection is no bound on the whole
+    thread = threading.Thread(target=ask, daemon=True)  # a timeout per connection does not limit the whole
     thread.start()
     thread.join(HUB_TIMEOUT_S)
     return answer[0]
@@ -123,8 +123,8 @@ def _download(name: str) -> Path:
         why = hub_answers(name)
     if why:
         raise ModelError(
-            f"model {name!r} is not available: there is no folder of that name, it is not complete in the cache "
-            f"{HF_HUB_CACHE}, and {why}. Give --model FOLDER, or try `python train.py demo`."
+            f"model {name!r} is not available: there is no folder of that name, the cache {HF_HUB_CACHE} does not "
+            f"contain all of it, and {why}. Give --model FOLDER, or try `python train.py demo`."
         )
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
@@ -135,7 +135,7 @@ def _download(name: str) -> Path:
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder, with a pad token that is not the end token.
 
-    A pad equal to the end token would hide the end from every collator that masks padding; Qwen keeps them apart.
+    If both were the same token, a collator that masks padding would also mask the end token. Qwen uses two tokens.
     """
     from transformers import AutoTokenizer
 
@@ -155,15 +155,15 @@ def load_tokenizer(folder: Path) -> Any:
         if not pads:
             raise ModelError(
                 f"{folder}: the tokenizer has no pad token apart from its end token {end}, and none of "
-                f'{", ".join(PADS)}. Name another of its tokens as "pad_token" in tokenizer_config.json.'
+                f'{", ".join(PADS)}. Set "pad_token" in tokenizer_config.json to another of its tokens.'
             )
         tokenizer.pad_token = pads[0]
     return tokenizer
 
 
 def embeds(folder: Path, tokenizer: Any, token: str | None) -> bool:
-    """Whether a text is one token that the model of a folder embeds: transformers adds those that settings name."""
-    number = tokenizer.convert_tokens_to_ids(token) if token else None  # of other texts None, or the unknown token's
+    """Whether a text is one token with an embedding in the model. transformers may add tokens that have none."""
+    number = tokenizer.convert_tokens_to_ids(token) if token else None  # None or the unknown token's id for other texts
     if number is None or tokenizer.convert_ids_to_tokens(number) != token:
         return False
     size = read_config_json(folder).get("vocab_size") if (folder / "config.json").exists() else None
@@ -171,9 +171,9 @@ def embeds(folder: Path, tokenizer: Any, token: str | None) -> bool:
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int = 0) -> nn.Module:
-    """The base model of a folder, frozen, in dtype on device. Raises ModelError when it is not one we train exactly.
+    """The frozen base model of a folder, in dtype on device. Raises ModelError if minilora cannot train it exactly.
 
-    bits: 4 or 8 to hold its linear layers in; 0: as they are
+    bits: 4 or 8 to quantise its linear layers; 0 not to quantise them
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -184,7 +184,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
     attention.register()
     keep_few_products()
     try:
-        weight_files(folder)  # an index may name files elsewhere
+        weight_files(folder)  # raises if the index names files outside the folder
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -204,11 +204,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
     model, info = loaded
     if odd := [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]:
         which = f"{len(odd)} of them, the first {odd[0]}"
-        raise ModelError(f"{folder}: its weights are not those of its config.json: {which}.")
+        raise ModelError(f"{folder}: its weights do not match its config.json: {which}.")
     model.generation_config.pad_token_id = model.generation_config.pad_token_id or config.pad_token_id
-    model.config_json = completed(config_json, config.to_dict())  # the fingerprint's
+    model.config_json = completed(config_json, config.to_dict())  # for the fingerprint
     model.requires_grad_(False)
-    place = torch.device("cpu") if bits else device  # layers go to the device one by one: as it is it may not fit there
+    place = torch.device("cpu") if bits else device  # unquantised, the model may not fit on the device
     model = nn.Module.to(model, place).eval()
     if config.model_type not in KNOWN:
         _refuse_unlike(model)
@@ -219,12 +219,12 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
 
 
 def num_layers(folder: Path) -> int:
-    """How many decoder layers the model of a folder has. Raises ModelError when it is not one we train exactly."""
+    """The number of decoder layers of a model folder. Raises ModelError if minilora cannot train it exactly."""
     return _config(folder).num_hidden_layers
 
 
 def empty_model(folder: Path, dtype: torch.dtype, layers: int) -> Any:
-    """The model of a folder with so many of its layers on the meta device: shapes without weights."""
+    """The model of a folder with only `layers` layers, on the meta device: it has shapes and no weights."""
     from transformers import AutoModelForCausalLM
 
     config = _config(folder)
@@ -240,7 +240,7 @@ def empty_model(folder: Path, dtype: torch.dtype, layers: int) -> Any:
 
 
 def _config(folder: Path) -> Any:
-    """config.json of a model folder. Raises ModelError when it is not one we train exactly."""
+    """The config of a model folder. Raises ModelError if minilora cannot train the model exactly."""
     if problem := compile_cache_problem():
         raise ConfigError(problem)
     read_config_json(folder)
@@ -255,23 +255,23 @@ def _config(folder: Path) -> Any:
 
 
 def _refuse_inexact(config: Any) -> None:
-    """Packed attention is full causal attention: a model with another kind would be trained on the wrong function."""
+    """Refuse a model without full causal attention: packed attention would compute another function than the model."""
     kind = f"model type {config.model_type}"
     if getattr(config, "quantization_config", None):
         where = config.name_or_path
         raise UnsupportedModelError(
-            f"{where}: its files hold quantised weights: give the original as --model, and --load_in_4bit."
+            f"{where}: its weights are quantised. Give the original model as --model, with --load_in_4bit."
         )
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if others:
         raise UnsupportedModelError(
-            f"{kind}: layers of type {', '.join(sorted(others))} are not supported: what is trained here attends to "
-            "all tokens before. Give another --model."
+            f"{kind}: layers of type {', '.join(sorted(others))} are not supported: minilora trains only attention to "
+            "all earlier tokens. Give another --model."
         )
     if window := getattr(config, "sliding_window", None):
         raise UnsupportedModelError(
-            f"{kind}: its sliding_window of {window:,} tokens is not supported: what is trained here attends to "
-            "all tokens before. Give another --model."
+            f"{kind}: its sliding_window of {window:,} tokens is not supported: minilora trains only attention to "
+            "all earlier tokens. Give another --model."
         )
     if getattr(config, "attention_dropout", 0.0):
         raise UnsupportedModelError(f"{kind}: attention_dropout is set; it is not supported.")
@@ -279,7 +279,7 @@ def _refuse_inexact(config: Any) -> None:
 
 @torch.no_grad()
 def _refuse_unlike(model: Any) -> None:
-    """Two short examples packed and each by itself: raises ModelError where the logits are not the same."""
+    """Compare the logits of two short examples, packed and separate. Raises ModelError if they are not the same."""
     kind, head = f"model type {model.config.model_type}", head_weight(model)
     ids = np.random.default_rng(0).integers(0, len(head), (2, 16)).astype(np.int32)
     examples = [Example(row[:length], row[:length]) for row, length in zip(ids, (16, 9), strict=True)]
@@ -291,24 +291,24 @@ def _refuse_unlike(model: Any) -> None:
     except Exception as error:
         why = first_line(error)
         raise UnsupportedModelError(
-            f"{kind}: it does not take packed examples ({why}). Give another --model."
+            f"{kind}: it does not run on packed examples ({why}). Give another --model."
         ) from error
     difference, allowed = float((found - expected).abs().max()), 1e-3 if head.dtype == torch.float32 else 5e-2
     if not difference <= allowed * float(expected.abs().max()):
         raise UnsupportedModelError(
-            f"{kind}: packed examples give other logits (by up to {difference:.2g}) than each by itself: there is "
-            "something in this model that is not known here. Give another --model."
+            f"{kind}: packed examples give other logits than separate examples (by up to {difference:.2g}). minilora "
+            "does not know a part of this model. Give another --model."
         )
 
 
 def folder_fingerprint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The identity of the base in a folder, as `fingerprint` gives it once the base is loaded."""
+    """The identity of the base in a folder. It equals the `fingerprint` of the loaded base."""
     config = _config(folder).to_dict()
     return fingerprint_of(completed(read_config_json(folder), config), tensors)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder. Raises ModelError for names that point out of it."""
+    """The safetensors files of a model folder. Raises ModelError for a name that leads out of the folder."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]

@@ -1,4 +1,4 @@
-"""A short fixed prompt on which two models are compared."""
+"""Computes the logits of a short fixed prompt, on which two models are compared."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,13 +16,13 @@ from minilora.distributed.world import local_part
 
 @torch.no_grad()
 def logits_of_shards(model: Any, ids: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`generate.probe_logits` of a sharded model, its trained weights rounded to dtype; every process must come here.
+    """`probe_logits` of a sharded model whose trained weights are rounded to dtype. Every process must call this.
 
     (tokens, vocabulary), fp32 on the CPU
     """
     if all_trained(model):
         for param in model.parameters():
-            local_part(param).copy_(local_part(param).to(dtype))  # in place: what is gathered comes from here
+            local_part(param).copy_(local_part(param).to(dtype))  # in place, because layers are gathered from these
     model.eval()
     tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
     hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
@@ -31,7 +31,7 @@ def logits_of_shards(model: Any, ids: Sequence[int], dtype: torch.dtype) -> Tens
 
 @torch.no_grad()
 def probe_logits(module: nn.Module, ids: Sequence[int]) -> torch.Tensor:
-    """Logits of a short sequence, for comparing two models. (tokens, vocabulary), fp32 on the CPU"""
+    """The logits of a short sequence, to compare two models. (tokens, vocabulary), fp32 on the CPU"""
     device = next(module.parameters()).device
     was_training = module.training
     module.eval()
@@ -45,5 +45,5 @@ PROBE_TOKENS = 32
 
 
 def probe(tokenizer_markup: ChatMarkup, system_prompt: str) -> list[int]:
-    """The tokens on which a saved result is compared with the live one."""
+    """The tokens on which a saved result is compared with the trained model."""
     return tokenizer_markup.prompt_ids([Turn("user", SAMPLE_PROMPTS[0])], system_prompt)[:PROBE_TOKENS]

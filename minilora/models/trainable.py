@@ -1,4 +1,4 @@
-"""What of a base is trained: low-rank adapters around its linear layers, or every weight."""
+"""Makes a base trainable: puts low-rank adapters around its linear layers, or enables every weight."""
 
 from typing import Any
 
@@ -13,9 +13,10 @@ from minilora.lora_variants import main_directions
 
 
 def make_trainable(model: Any, config: TrainConfig, checkpointing: bool, preserve_rng_state: bool = True) -> None:
-    """Put into a base what is trained in it, and give its modules their lean forms.
+    """Add adapters to a base or enable all its weights, and replace modules by minilora's faster forms.
 
-    checkpointing: recompute activations in the backward pass; preserve_rng_state: with the same random numbers
+    checkpointing: recompute activations in the backward pass
+    preserve_rng_state: recompute them with the same random numbers
     """
     if config.method == "lora":
         shape = (config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora)
@@ -25,13 +26,13 @@ def make_trainable(model: Any, config: TrainConfig, checkpointing: bool, preserv
     else:
         model.requires_grad_(True)
     speed_up(model, config.torch_compile)
-    if checkpointing:  # transformers gave its method a new name in 5.2x
+    if checkpointing:  # transformers 5.2x renamed its method
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": preserve_rng_state})
 
 
 def in_words(config: TrainConfig) -> str:
-    """What is trained, for the header."""
+    """What is trained, as a text for the header."""
     if config.method == "full":
         return "every weight, fp32 masters"
     variants = {
@@ -48,9 +49,9 @@ def in_words(config: TrainConfig) -> str:
 
 @torch.no_grad()
 def start_at_main_directions(model: nn.Module, seed: int) -> None:
-    """PiSSA: A and B begin as the largest directions of their weight, and keep that start; W0 stays as it is.
+    """PiSSA: initialise A and B with the largest singular directions of their weight, and keep a copy of this start.
 
-    Raises ConfigError for a weight that has fewer directions than the rank.
+    W0 does not change. Raises ConfigError if the rank is larger than a dimension of a weight.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

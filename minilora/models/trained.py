@@ -1,4 +1,4 @@
-"""Writes what lies beside trained weights: tokenizer, config.json, generation_config.json, the system prompt."""
+"""Writes the files beside trained weights: tokenizer, config.json, generation_config.json, the system prompt."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from minilora.errors import ModelError
 from minilora.models.load import cached_model, load_tokenizer
 from minilora.utils import files
 
-RECORD = "minilora.json"  # beside a model's weights: the system prompt; other programs do not read it
+RECORD = "minilora.json"  # the system prompt, beside a model's weights; other programs do not read this file
 GENERATION = "generation_config.json"
 END, TEXT_END = "<|im_end|>", "<|endoftext|>"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
     *("added_tokens.json", "tokenizer.model", *TEMPLATES),
 )
 MAX_TOKENIZER_BYTES = 2**28
-KEPT_FOR_GENERATION = ("bos_token_id", "max_length", "max_new_tokens")  # of the base's; they do not change an answer
+KEPT_FOR_GENERATION = ("bos_token_id", "max_length", "max_new_tokens")  # keys of the base that do not change an answer
 ROPE_ROOT_KEYS = ("rope_theta", "partial_rotary_factor")  # transformers 4 reads them at the root of config.json
 
 
@@ -29,10 +29,10 @@ ROPE_ROOT_KEYS = ("rope_theta", "partial_rotary_factor")  # transformers 4 reads
 
 
 def trained_system_prompt(folder: Path) -> str | None:
-    """The system prompt that the model in a folder was trained with; None where the folder does not say it.
+    """The system prompt that the model in a folder was trained with. None if the folder does not give it.
 
-    An adapter keeps its own in the header of its weights. 0.1 wrote none beside a model: the run's settings say it.
-    Raises ModelError for a record that is damaged.
+    An adapter has its system prompt in the metadata of its weights. Version 0.1 wrote no record beside a model. In that
+    case the settings of the run give the system prompt. Raises ModelError if the record is damaged.
     """
     path = folder / RECORD
     if not path.exists():
@@ -42,12 +42,12 @@ def trained_system_prompt(folder: Path) -> str | None:
     except ValueError as error:
         raise ModelError(f"{path}: {error}. Remove it, and give --system_prompt.") from error
     if not isinstance(prompt, str):
-        raise ModelError(f"{path}: system_prompt is no text. Remove the file, and give --system_prompt.")
+        raise ModelError(f"{path}: system_prompt is not a text. Remove the file, and give --system_prompt.")
     return prompt
 
 
 def _setting_of_run(run: Path) -> str | None:
-    """The setting system_prompt of a run; None where the folder is no run."""
+    """The setting system_prompt of a run. None if the folder is not a run."""
     if not (run / "metrics.jsonl").is_file():
         return None
     with suppress(ValueError, KeyError, TypeError):
@@ -57,30 +57,30 @@ def _setting_of_run(run: Path) -> str | None:
 
 
 def write_record(folder: Path, system_prompt: str) -> None:
-    """Write what `trained_system_prompt` reads."""
+    """Write the record that `trained_system_prompt` reads."""
     files.write_file(folder / RECORD, files.json_chunks({"system_prompt": system_prompt}))
 
 
 def template_system_prompt(tokenizer: Any) -> str:
-    """The system prompt that a tokenizer's chat template inserts where a conversation brings none; empty: none."""
+    """The system prompt that the chat template inserts if a conversation has none. Empty if it inserts nothing."""
     try:
         text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    except Exception:  # there is no template, or it is a broken one: each has its own class
+    except Exception:  # no template or a broken one; the classes of error vary
         return ""
     found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", str(text), re.DOTALL)
     return found[1] if found else ""
 
 
 def adapter_system_prompt(stored: str | None, tokenizer: Any) -> str:
-    """The system prompt that an adapter was trained with: as its header says, else the chat template's.
+    """The system prompt that an adapter was trained with: that of its metadata, else that of the chat template.
 
-    Other trainers store none, and render their rows with the template.
+    Other trainers store no system prompt, and render their rows with the chat template.
     """
     return template_system_prompt(tokenizer) if stored is None else stored
 
 
 def common_system_prompt(examples: Sequence[Example], markup: ChatMarkup, tokenizer: Any) -> str | None:
-    """The text of the system turn that all examples begin with; None where there is no such turn."""
+    """The text of the system turn that all examples begin with. None if there is no such turn."""
     ids = examples[0].input_ids
     ends = (ids == markup.end).nonzero()[0]
     if ids[0] != markup.start or not len(ends):
@@ -97,7 +97,7 @@ def common_system_prompt(examples: Sequence[Example], markup: ChatMarkup, tokeni
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer files of a model folder, byte for byte. Raises ModelError for one that is not readable."""
+    """Copy the tokenizer files of a model folder, byte for byte. Raises ModelError if a file is not readable."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             try:
@@ -107,9 +107,9 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def save_tokenizer(folder: Path, tokenizer: Any, source: Path | None = None) -> None:
-    """Write a tokenizer: the files of `source`, byte for byte, or of where it came from if it is still the same.
+    """Write a tokenizer. If possible, its files are copied byte for byte from `source` or from its own folder.
 
-    A tokenizer that was changed since it was loaded, or whose files are not here, is saved anew.
+    If the tokenizer has changed since it was loaded, or its files are not on this machine, transformers saves it.
     """
     source = source or _origin(tokenizer)
     if source is not None:
@@ -125,7 +125,7 @@ def save_tokenizer(folder: Path, tokenizer: Any, source: Path | None = None) -> 
 
 
 def _origin(tokenizer: Any) -> Path | None:
-    """The folder that holds this tokenizer's files; None where there is none, or it holds another tokenizer."""
+    """The folder of this tokenizer's files. None if there is no such folder, or it has another tokenizer."""
     name = str(getattr(tokenizer, "name_or_path", "") or "")
     with suppress(ModelError):
         folder = Path(name) if Path(name).is_dir() else cached_model(name) if name.count("/") == 1 else None
@@ -140,10 +140,10 @@ def _origin(tokenizer: Any) -> Path | None:
 
 
 def model_config(base: Mapping[str, Any], tokenizer: Any, dtype: str | None = None) -> dict[str, Any]:
-    """config.json of a result: the base's, in the spellings of transformers 4 and 5, with the trained end token.
+    """config.json of a result: that of the base, with the keys of transformers 4 and 5 and the trained end token.
 
-    transformers 5 writes rope_parameters and dtype. transformers 4 reads rope_theta, rope_scaling and torch_dtype, and
-    takes a rope_theta of 10,000 where there is none.
+    transformers 5 writes rope_parameters and dtype. transformers 4 reads rope_theta, rope_scaling and torch_dtype. If
+    rope_theta is missing, transformers 4 uses 10,000.
     """
     config = dict(base)
     rope = config.get("rope_parameters")
@@ -164,9 +164,10 @@ def model_config(base: Mapping[str, Any], tokenizer: Any, dtype: str | None = No
 
 
 def generation_settings(base: Mapping[str, Any], ends: Sequence[int]) -> dict[str, Any]:
-    """generation_config.json of a result: greedy, with the trained end tokens, and nothing that changes an answer.
+    """generation_config.json of a result: greedy, with the trained end tokens, and nothing else that changes an answer.
 
-    base: the base's; only KEPT_FOR_GENERATION is taken. ends: as `end_tokens` gives them; empty: the base's own
+    base: that of the base; only the keys of KEPT_FOR_GENERATION are used
+    ends: the result of `end_tokens`; if it is empty, the end tokens of the base are used
     """
     kept = {key: base[key] for key in KEPT_FOR_GENERATION if base.get(key) is not None}
     stops = list(ends) or base.get("eos_token_id")
@@ -176,12 +177,12 @@ def generation_settings(base: Mapping[str, Any], ends: Sequence[int]) -> dict[st
 
 
 def write_generation(folder: Path, base: Mapping[str, Any], ends: Sequence[int]) -> None:
-    """Write `generation_settings`."""
+    """Write the `generation_settings` to a folder."""
     files.write_file(folder / GENERATION, files.json_chunks(generation_settings(base, ends)))
 
 
 def read_generation(folder: Path) -> dict[str, Any]:
-    """generation_config.json of a folder; empty where there is none that is readable."""
+    """generation_config.json of a folder. Empty if there is no readable file."""
     try:
         return files.read_json(folder / GENERATION)
     except ValueError:
@@ -189,7 +190,7 @@ def read_generation(folder: Path) -> dict[str, Any]:
 
 
 def end_tokens(tokenizer: Any) -> list[int]:
-    """Where an answer ends: <|im_end|>, then <|endoftext|>, as far as a tokenizer has them; else its end token."""
+    """The ids that end an answer: <|im_end|> and <|endoftext|>, if the tokenizer has <|im_end|>, else its end token."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     token_id = getattr(backend, "token_to_id", lambda token: None)
     ids = [id for token in (END, TEXT_END) if (id := token_id(token)) is not None]

@@ -141,7 +141,7 @@ def test_the_note_says_what_other_programs_take(write, tmp_path, capsys):
     assert any("--override-generation-config '{\"temperature\": 0}'" in line for line in lines)
     for setting in ('SYSTEM "Be brief."', "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"):
         assert any(line.strip() == setting for line in lines)
-    assert "a server inserts that of its chat template" in said
+    assert "a server inserts the one of its chat template" in said
     for rank, flag in ((17, "--max-lora-rank 32"), (64, "--max-lora-rank 64")):
         config = adapter_format.AdapterConfig("base", rank, rank, 0.0, ("q_proj",), False)
         assert flag in dict(how_to_use(folder, config, ""))["vLLM"]
@@ -155,7 +155,7 @@ def test_the_printed_commands_are_whole_whatever_the_prompt_is(tmp_path):
     prompt = 'It\'s "you".\n' + "Be brief. " * 200
     config = adapter_format.AdapterConfig("my base", 8, 8, 0.0, ("q_proj",), False)
     text = "\n".join(text for _, text in how_to_use(tmp_path / "my adapter", config, prompt))
-    words = shlex.split(text[text.index("llama-cli") : text.index("does not read safetensors")])
+    words = shlex.split(text[text.index("llama-cli") : text.index("reads no safetensors")])
     assert words[words.index("-sys") + 1] == prompt
     words = shlex.split(text[text.index("curl") : text.index("python convert")])
     assert json.loads(words[words.index("-d") + 1])["messages"][0] == {"role": "system", "content": prompt}

@@ -212,7 +212,7 @@ def test_names_that_are_not_the_files_layers_are_refused(load_tiny, tmp_path):
     by_peft(load_tiny(), tmp_path, target_modules=["q_proj", "v_proj"])
     for targets in (["self_attn.q_proj"], ["q_proj", "v_proj", "self_attn.x"], ["../q_proj", "v_proj"]):
         configure(tmp_path, target_modules=targets)
-        with pytest.raises(AdapterError, match="are not the layers of its adapter_model"):
+        with pytest.raises(AdapterError, match="do not match the layers of its adapter_model"):
             adapter_format.read_config(tmp_path)
 
 
@@ -241,7 +241,7 @@ def test_a_pickled_adapter_is_named_and_never_loaded(write, load_tiny, monkeypat
     (folder / adapter_format.WEIGHTS).rename(folder / "adapter_model.bin")
     model = load_tiny()
     with pytest.raises(
-        AdapterError, match=r"adapter_model.bin: it is a pickle.* never loaded.* save_pretrained writes"
+        AdapterError, match=r"adapter_model.bin: this is a pickle.* never loads.* save_pretrained writes"
     ):
         adapter_format.load(model, folder, fingerprint(model))
 

@@ -228,7 +228,7 @@ def test_what_the_system_refuses_makes_memory_do(where, make_config, markup, mon
     sets = data_build.make_sets(config, data_build.read_sources(config), markup, 512)
     assert len(sets.train) == 32
     (note,) = sets.reports[0].notes
-    assert "Function not implemented. Make room for a cache there, or elsewhere by XDG_CACHE_HOME" in note
+    assert "Function not implemented. Make room for the cache there, or set XDG_CACHE_HOME to another folder" in note
     assert "What was saved" not in note
     assert folders(place) == []
 
@@ -305,7 +305,9 @@ def test_how_often_a_file_is_taken_is_said_of_that_file(make_config, tmp_path, m
     config = make_config(train_file=tuple(map(str, paths)), train_weights=(1.0, 1.0, 0.5), deduplicate=True)
     sets = data_build.make_sets(config, data_build.read_sources(config), markup, 512)
     said = [[note for note in report.notes if "an epoch takes" in note] for report in sets.reports]
-    assert said == [[f"an epoch takes {taken} of its 8 rows, by its weight"] if taken else [] for taken in (8, 0, 4)]
+    assert said == [
+        [f"an epoch takes {taken} of its 8 rows, because of its weight"] if taken else [] for taken in (8, 0, 4)
+    ]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(rows, markup, place):

@@ -587,7 +587,7 @@ BAD_LINES = {
     "5,000 digits": (b'{"instruction": "a", "output": "b", "n": ' + b"9" * 5000 + b"}", "5000 digits"),
     "200,000 deep": (b"[" * 200_000, "nested too deeply"),
     "200,000 deep in a field": (b'{"instruction": ' + b'{"a":' * 200_000, "nested too deeply"),
-    "a key twice": (b'{"instruction": "a", "output": "b", "output": "c"}', "the key 'output' stands twice"),
+    "a key twice": (b'{"instruction": "a", "output": "b", "output": "c"}', "the key 'output' is twice"),
     "empty object": (b"{}", "'instruction' is missing"),
     "no output": (line(instruction="a", input="x"), "'output' is missing"),
     "no instruction": (line(input="x", output="b"), "'instruction' is missing"),
@@ -657,7 +657,7 @@ MESSAGES = {
     "texts": (["a", "b"], "message 1 must be an object, this is a text"),
     "wrong role": (
         [{"role": "human", "content": "a"}],
-        "message 1 has the role 'human'; possible are system, user, as",
+        "message 1 has the role 'human'; the roles are system, user, as",
     ),
     "role in capitals": ([{"role": "User", "content": "a"}], "message 1 has the role 'User'"),
     "no role": ([{"content": "a"}], "message 1 has the role None"),
@@ -670,7 +670,7 @@ MESSAGES = {
     "no assistant": ([{"role": "user", "content": "a"}], "no assistant turn: there is nothing to learn"),
     "system second": (
         [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "assistant", "content": "c"}],
-        "message 2 is a system turn; only the first may be one",
+        "message 2 is a system turn; only the first message may be one",
     ),
     "system twice": (
         [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}, {"role": "assistant", "content": "c"}],
@@ -685,7 +685,7 @@ def test_every_bad_conversation_is_reported(tmp_path):
     lines = [fine, *(line(messages=messages) for messages, _ in MESSAGES.values())]
     lines += [line(system="s", messages=[{"role": "system", "content": "a"}, good]), line(instruction="a", output="b")]
     reasons = [reason for _, reason in MESSAGES.values()]
-    reasons += ["both a 'system' field and a system message", "the field 'messages' is missing"]
+    reasons += ["there is a 'system' field and a system message", "the field 'messages' is missing"]
     file = write(tmp_path / "rows.jsonl", lines)
     with pytest.raises(DataError) as caught:
         read_rows(file)
@@ -795,7 +795,7 @@ def test_byte_order_mark_and_missing_last_newline(tmp_path):
 def test_utf16_is_named_not_guessed(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes((GOOD + b"\n" + GOOD).decode().encode("utf-16"))
-    with pytest.raises(DataError, match=r"rows.jsonl: this is UTF-16, UTF-8 is needed"):
+    with pytest.raises(DataError, match=r"rows.jsonl: this is UTF-16; UTF-8 is needed"):
         read_rows(path)
 
 
@@ -859,7 +859,9 @@ def test_the_first_readable_row_decides_the_format(tmp_path):
     rows, report = read_rows(file, "skip")
     assert report.format == "prompt/completion"
     assert [row.line for row in rows] == [3, 5]
-    with pytest.raises(DataError, match=r":2: the fields are 'question'; needed are messages; prompt \+ completion"):
+    with pytest.raises(
+        DataError, match=r":2: the fields are 'question'; the needed fields are messages; prompt \+ completion"
+    ):
         read_rows(file)
 
 

@@ -162,7 +162,7 @@ def test_rows_inside_one_object_are_found(name, encoding, indent, tmp_path):
     file.write_bytes(json.dumps(value, ensure_ascii=False, indent=indent).encode(encoding))
     for read in (read_rows, read_questions):
         said = said_of(file, read)
-        assert f"this is one JSON object with the rows {words}, one object a line is needed" in said
+        assert f"this is one JSON object with the rows {words}; one object a line is needed" in said
         assert "\n" not in said
     command = re.search(r": (python .*) converts it$", said)[1]
     assert mended(command, tmp_path) == [list(row.values()) for row in ROWS]
@@ -174,7 +174,7 @@ def test_rows_inside_one_object_are_found(name, encoding, indent, tmp_path):
 def test_one_conversation_is_not_taken_for_a_file_of_rows(value, tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(value, indent=1))
-    assert "its objects take several lines each, one object a line is needed: jq" in said_of(file)
+    assert "each of its objects has several lines; one object a line is needed: jq" in said_of(file)
 
 
 def test_a_file_of_prose_gets_one_line(tmp_path):
@@ -184,7 +184,7 @@ def test_a_file_of_prose_gets_one_line(tmp_path):
     for read in (read_rows, read_questions):
         said = said_of(file, read)
         assert said.startswith(
-            f"{file}: this is no JSONL, its first line is 'Once upon a time, there was a river.'. One"
+            f"{file}: this is not JSONL; its first line is 'Once upon a time, there was a river.'. One"
         )
         assert "\n" not in said
     file.write_text('{"instruction": "a", "output": "b"\n{"instruction": "a", "output": "b"\n')  # damaged rows
@@ -197,7 +197,7 @@ def test_generate_recognises_an_array(tmp_path, tiny_folder, capsys):
     file.write_text(json.dumps(ROWS, indent=1))
     flags = ["--model", tiny_folder, "--input_file", file, "--output_file", tmp_path / "out.jsonl"]
     assert cli.main(list(map(str, ["generate", *flags]))) == 2
-    assert "this is a JSON array, one object a line is needed: python -c" in capsys.readouterr().err
+    assert "this is a JSON array; one object a line is needed: python -c" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", [["preview"], ["eval", "--eval_file"]])

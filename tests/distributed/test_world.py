@@ -410,7 +410,7 @@ def test_each_process_gets_a_card_of_its_own(monkeypatch):
     assert World(3, 4, 1).device_name("auto") == World(3, 4, 1).device_name("cuda") == "cuda:1"
     assert World(3, 4, 1).device_name("cpu") == "cpu"
     assert World().device_name("cuda:1") == "cuda:1"
-    with pytest.raises(MiniloraError, match="one card for 4 processes"):
+    with pytest.raises(MiniloraError, match="one GPU for 4 processes"):
         World(3, 4, 1).device_name("cuda:0")
     with pytest.raises(MiniloraError, match="3 processes on a machine that shows 2 CUDA"):
         World(2, 4, 2).device_name("auto")

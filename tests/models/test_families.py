@@ -192,5 +192,5 @@ def test_a_model_that_drops_the_layout_on_its_way_is_refused(family, monkeypatch
     monkeypatch.setattr(loading, "hidden_states", hidden_states)
     with pytest.raises(ModelError) as refused:
         loading.load_model(family("mistral", sliding_window=None), torch.float32, CPU)
-    said = "model type mistral: it does not take packed examples (packed examples carry their layout). Give another"
+    said = "model type mistral: it does not run on packed examples (packed examples carry their layout). Give another"
     assert said in str(refused.value)

@@ -64,7 +64,7 @@ def test_a_quantised_model_is_no_composite_one(composite, tiny_folder, capsys):
     config = json.loads((tiny_folder / "config.json").read_text())
     folder = composite(**config, quantization_config={"quant_method": "gptq", "bits": 4})
     assert cli.main(["generate", "--model", str(folder), "hello"]) == 2
-    assert "its files hold quantised weights" in capsys.readouterr().err
+    assert "its weights are quantised" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------- the pad token

@@ -299,7 +299,7 @@ def test_files_that_are_quantised_are_refused(tiny_folder, tmp_path):
     settings = json.loads((tiny_folder / "config.json").read_text())
     settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match="hold quantised weights: give the original as --model"):
+    with pytest.raises(ModelError, match=r"weights are quantised\. Give the original model as --model"):
         load_model(tmp_path, torch.float32, CPU)
 
 
