@@ -92,7 +92,7 @@ def train_one(keys: Result) -> Result:
     from minilora.inference import generate
     from minilora.models import probe
 
-    generate.sample_answers = lambda _: [""] * len(probe.SAMPLE_PROMPTS)  # how it speaks is not measured here
+    generate.sample_answers = lambda _: [""] * len(probe.SAMPLE_PROMPTS)  # answers are not measured here
     summary = loop.train(resolve("lora", keys))
     result = Path(keys["output_dir"]) / summary.result
     names = ("first_loss", "last_loss", "first_eval_loss", "last_eval_loss", "peak_memory_bytes", "tokens_per_second")

@@ -77,7 +77,7 @@ def train_one(keys: Result) -> Result:
         return batch
 
     original, memory_estimate.largest_batch = memory_estimate.largest_batch, remembered
-    generate.sample_answers = lambda _: [""] * len(probe.SAMPLE_PROMPTS)  # how it speaks is not measured here
+    generate.sample_answers = lambda _: [""] * len(probe.SAMPLE_PROMPTS)  # answers are not measured here
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         summary = loop.train(resolve("lora", keys | {"output_dir": str(run)}))
@@ -148,9 +148,9 @@ def main(argv: list[str]) -> int:
     found = []
     for keys in settings(args):
         found.append((keys, result := measure(keys)))
-        again = ", checkpointing" * keys["gradient_checkpointing"]
-        said = f"failed: {result['failed']}" if "failed" in result else f"{result['peak_bytes'] / 2**30:.2f} GiB"
-        print(f"{keys['method']}{again}, {keys['max_tokens_per_micro_batch']:,} tokens: {said}", flush=True)
+        suffix = ", checkpointing" * keys["gradient_checkpointing"]
+        outcome = f"failed: {result['failed']}" if "failed" in result else f"{result['peak_bytes'] / 2**30:.2f} GiB"
+        print(f"{keys['method']}{suffix}, {keys['max_tokens_per_micro_batch']:,} tokens: {outcome}", flush=True)
     about = {name: metadata.version(name) for name in ("torch", "transformers")} | {"cores": os.cpu_count()}
     about |= {"date": datetime.now(UTC).isoformat(timespec="minutes"), "arguments": argv}
     results = [{"keys": keys, "result": result} for keys, result in found]
