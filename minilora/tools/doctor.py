@@ -168,7 +168,7 @@ def packages(asked: Asked) -> Iterator[Finding]:
         missing = {requirement: why for requirement in requirements if (why := lacking(requirement))}
         if missing:
             fix = "pip install -U " + " ".join(f'"{requirement}"' for requirement in missing)
-            yield Finding("note", f"extra {extra}", f"{', '.join(missing.values())}; it is optional", fix)
+            yield Finding("note", f"extra {extra}", f"{', '.join(missing.values())}; this extra is optional", fix)
         else:
             yield Finding("ok", f"extra {extra}", "installed")
 

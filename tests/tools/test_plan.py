@@ -220,7 +220,7 @@ def test_numbers_are_gib(given, size):
         ),
         ("RTX 4065", "or a name such as RTX 4060 or A100 40GB. Did you mean RTX 4060?"),
         ("RX 7900 XTX", "Give the memory of the card in GiB"),
-        ("RTX 4080 48GB", "RTX 4080 has 16 GiB. For another size, give the number of GiB alone: --card 48."),
+        ("RTX 4080 48GB", "RTX 4080 has 16 GiB. For another size, give only the number of GiB: --card 48."),
         ("A100 64GB", "A100 has 80 or 40 GiB. For another size"),
         ("", "Give the memory of the card in GiB"),
     ],
@@ -258,7 +258,7 @@ def memory(total: float) -> Memory:
     ("usable", "variant", "budget", "expected"),
     [
         (40, ("lora", False), 2048, "it fits"),
-        (39, ("lora", False), 2048, "that does: --max_tokens_per_micro_batch 1024$"),
+        (39, ("lora", False), 2048, "that fits: --max_tokens_per_micro_batch 1024$"),
         (9, ("lora", False), 2048, "--max_tokens_per_micro_batch 2048 --gradient_checkpointing$"),
         (9, ("lora", True), 4096, "--max_tokens_per_micro_batch 2048$"),
         (79, ("full", True), 2048, "--max_tokens_per_micro_batch 1024$"),

@@ -200,7 +200,7 @@ def test_its_own_rate_is_tried_too(tuned):
 
 def test_where_nothing_helps_nothing_is_suggested(tuned):
     text = tuned("--steps", "2", "--rates", "3")
-    assert "none of these" in text
+    assert "none: no rate lowered" in text
     assert "--learning_rate" not in text
 
 
