@@ -135,8 +135,8 @@ def main() -> int:
     failed: dict[str, str] = {}
     losses = start_losses(args, failed)
     if losses and max(losses.values()) > MAX_LOSS_RATIO * min(losses.values()):
-        said = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        print(f"refused: the losses before training differ by more than 1 %: {said}")
+        loss_text = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        print(f"refused: the losses before training differ by more than 1 %: {loss_text}")
         return 1
     results = measure(args, losses, failed)
     info = describe(args, results)

@@ -53,7 +53,7 @@ class Counts:
     examples: int
     flops: int
     saved_bytes: int  # alive between forward and backward, without the weights and the batch
-    peaks_bytes: tuple[int, ...]  # the peak of each stretch of the step, without the weights and the batch
+    peaks_bytes: tuple[int, ...]  # the peak of each phase of the step, without the weights and the batch
     operations: int  # dispatched operations, views included
     kernels: int  # operations that are not views
     names: dict[str, int]  # the operations by name
@@ -99,8 +99,8 @@ def whole(contender: str, layers: int = 24, **size: Any) -> Counts:
 
     peaks = tuple(low + steps * (high - low) for low, high in zip(few.peaks_bytes, more.peaks_bytes, strict=True))
     names = {name: few.names[name] + steps * (number - few.names[name]) for name, number in more.names.items()}
-    how = (few.contender, few.form, few.checkpointing, few.tokens, few.examples)
-    return Counts(*how, along("flops"), along("saved_bytes"), peaks, along("operations"), along("kernels"), names)
+    key = (few.contender, few.form, few.checkpointing, few.tokens, few.examples)
+    return Counts(*key, along("flops"), along("saved_bytes"), peaks, along("operations"), along("kernels"), names)
 
 
 def count(
@@ -143,8 +143,8 @@ def count(
     trained = [name for name, param in model.named_parameters() if param.grad is not None]
     assert len(trained) == 2 * len(TARGETS) * layers, f"{len(trained)} weights got a gradient"
     assert all("lora_" in name for name in trained), "a frozen weight got a gradient"
-    how = (watch.flops, saved, tuple(watch.peaks_bytes), watch.operations, watch.kernels, watch.names)
-    return Counts(contender, form, checkpointing, tokens, examples, *how)
+    figures = (watch.flops, saved, tuple(watch.peaks_bytes), watch.operations, watch.kernels, watch.names)
+    return Counts(contender, form, checkpointing, tokens, examples, *figures)
 
 
 Forward = Callable[[list[Tensor]], Tensor]  # inputs -> loss
@@ -221,7 +221,11 @@ def main() -> None:
     args = parser.parse_args()
     size = {"tokens": args.tokens, "examples": args.examples, "dropout": args.dropout, "layers": args.layers}
     kinds = (("minilora", "cuda"), ("minilora", "cpu"), ("peft", "cpu"))
-    counts = [whole(name, form=form, checkpointing=again, **size) for name, form in kinds for again in (False, True)]
+    counts = [
+        whole(name, form=form, checkpointing=checkpointing, **size)
+        for name, form in kinds
+        for checkpointing in (False, True)
+    ]
     print(f"{args.tokens:,} tokens in {args.examples} examples, half supervised, dropout {args.dropout}, ", end="")
     print(f"torch {torch.__version__}\n\n{table(counts)}\n")
     formula = formula_flops_per_token(args.tokens // args.examples, args.layers) / 1e6

@@ -126,7 +126,7 @@ def memory_table(config: TrainConfig, folders: dict[str, Path], cards: list[int]
     for name, folder in folders.items():
         cells = []
         for count in counts:
-            peaks = [memory(config, folder, count if fsdp else 1, again) for again in (False, True)]
+            peaks = [memory(config, folder, count if fsdp else 1, checkpointing) for checkpointing in (False, True)]
             cells.append(" / ".join(f"{peak / 1e9:,.1f}" for peak in peaks))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -169,15 +169,15 @@ def main() -> None:
             if method not in args.methods.split(","):
                 continue
             for fsdp in (False, True):
-                how = "--fsdp" if fsdp else "replicas"
+                placement = "--fsdp" if fsdp else "replicas"
                 for name, config in configs.items():
-                    title = f"{method}, {name}, {how}" if method == "lora" else f"{method}, {how}"
+                    title = f"{method}, {name}, {placement}" if method == "lora" else f"{method}, {placement}"
                     table = memory_table(config, folders, cards, fsdp)
                     print(
                         f"\n### {title}: GB at the peak of a card, without / with checkpointing\n\n{table}", flush=True
                     )
                 table = traffic_table(configs, folders, cards, fsdp, args.micro_batches)
-                print(f"\n### {method}, {how}: received by a card in a step\n\n{table}", flush=True)
+                print(f"\n### {method}, {placement}: received by a card in a step\n\n{table}", flush=True)
 
 
 if __name__ == "__main__":

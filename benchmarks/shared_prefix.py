@@ -42,8 +42,8 @@ def budget_of_as_many_rows(tokenizer: Any, prompt: str, args: argparse.Namespace
     with tempfile.NamedTemporaryFile(suffix=".jsonl") as file:
         Path(file.name).write_bytes(first_rows(args.train_file, args.rows))
         rows, reading = read_rows(file.name)
-    how = {name: getattr(TrainConfig, name) for name in ("max_length", "overlong", "train_on_prompt")}
-    dataset = list(tokenize(rows, ChatMarkup(tokenizer), reading, system_prompt=prompt, **how)[0])
+    settings = {name: getattr(TrainConfig, name) for name in ("max_length", "overlong", "train_on_prompt")}
+    dataset = list(tokenize(rows, ChatMarkup(tokenizer), reading, system_prompt=prompt, **settings)[0])
     most = default_tokens(pick_device(args.device).type, dataset, share_prefix=True)
     return max(sum(len(dataset[i].input_ids) - 1 for i in part) for part in pack_examples(dataset, most, True))
 

@@ -149,9 +149,9 @@ def main(argv: list[str]) -> int:
     found = []
     for keys in settings(args):
         found.append((keys, result := measure(keys)))
-        again = ", checkpointing" * keys["gradient_checkpointing"]
-        said = f"failed: {result['failed']}" if "failed" in result else f"{result['peak_bytes'] / 2**30:.2f} GiB"
-        print(f"{keys['method']}{again}, {keys['max_tokens_per_micro_batch']:,} tokens: {said}", flush=True)
+        suffix = ", checkpointing" * keys["gradient_checkpointing"]
+        outcome = f"failed: {result['failed']}" if "failed" in result else f"{result['peak_bytes'] / 2**30:.2f} GiB"
+        print(f"{keys['method']}{suffix}, {keys['max_tokens_per_micro_batch']:,} tokens: {outcome}", flush=True)
     about = {name: metadata.version(name) for name in ("torch", "transformers")} | {"cores": os.cpu_count()}
     about |= {"date": datetime.now(UTC).isoformat(timespec="minutes"), "arguments": argv}
     results = [{"keys": keys, "result": result} for keys, result in found]

@@ -274,14 +274,14 @@ def relative_error(found, expected) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def save_random_adapter(module, folder: Path, base, targets, rank=4, alpha=8, prompt="Be brief.", **how) -> None:
+def save_random_adapter(module, folder: Path, base, targets, rank=4, alpha=8, prompt="Be brief.", **values) -> None:
     """Put LoRA with random values around a fresh model and save it: trained, as it were, on the model in `base`.
 
-    how: seed and std of the values, rslora, dora
+    values: seed and std of the random values, rslora, dora
     """
-    identity, variant = fingerprint.fingerprint(module), {key: how.get(key, False) for key in ("rslora", "dora")}
+    identity, variant = fingerprint.fingerprint(module), {key: values.get(key, False) for key in ("rslora", "dora")}
     inject(module, targets, rank, alpha, 0.05, **variant)
-    randomize_lora(module, how.get("seed", 1), how.get("std", 0.1))
+    randomize_lora(module, values.get("seed", 1), values.get("std", 0.1))
     settings = adapter_format.AdapterConfig(str(base), rank, alpha, 0.05, tuple(targets), **variant)
     adapter_format.save(folder, module, settings, {"base_fingerprint": identity, "system_prompt": prompt})
 

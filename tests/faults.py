@@ -217,7 +217,7 @@ class ForkServer:
             env=environment,
         )
 
-    def run(self, argv, log, **how) -> dict:
+    def run(self, argv, log, **options) -> dict:
         """One command; its output goes to the file `log`. Keys of `how`:
 
         signal, after_s: this signal after so many seconds
@@ -229,7 +229,7 @@ class ForkServer:
         Returns code (negative: died by that signal), seconds, to_exit_s (from the signal to the exit, None when the
         process had ended before), calls (of each file operation inside `inside`, the part of it that it concerned).
         """
-        request = {"argv": [str(word) for word in argv], "log": str(log)} | how
+        request = {"argv": [str(word) for word in argv], "log": str(log)} | options
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
@@ -251,11 +251,11 @@ def start_servers(workers: int) -> None:
         _servers.put(server)
 
 
-def minilora(argv, log, **how) -> dict:
+def minilora(argv, log, **options) -> dict:
     """`minilora ARGV` in a fork of a server that is free (see ForkServer.run)."""
     server = _servers.get()
     try:
-        return server.run(argv, log, **how)
+        return server.run(argv, log, **options)
     finally:
         _servers.put(server)
 
@@ -354,8 +354,8 @@ def _child(request: dict) -> None:
         injector = None
         if "at_call" in request:
             os.environ["MINILORA_SENT"] = request["log"] + ".sent"
-            how = {key: request[key] for key in ("delay_s", "times") if key in request}
-            strike = kill_self(request.get("signal", signal.SIGKILL), **how)
+            options = {key: request[key] for key in ("delay_s", "times") if key in request}
+            strike = kill_self(request.get("signal", signal.SIGKILL), **options)
             injector = Injector(request["at_call"], strike, Path(request["inside"])).stand()
         code = cli.main(request["argv"])
         if injector:

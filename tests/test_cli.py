@@ -51,12 +51,12 @@ def shell(environment, tmp_path):
 def mistake(capsys, *argv, code=2):
     """What `minilora ARGUMENTS` says of a mistake: one message on stderr, no traceback, the exit code."""
     assert cli.main(list(map(str, argv))) == code
-    said = capsys.readouterr()
-    assert said.err.startswith("minilora: ")
-    assert said.err.count("minilora: ") == 1
-    assert "Traceback" not in said.err
-    assert "a mistake of ours" not in said.err
-    return said.err
+    captured = capsys.readouterr()
+    assert captured.err.startswith("minilora: ")
+    assert captured.err.count("minilora: ") == 1
+    assert "Traceback" not in captured.err
+    assert "a mistake of ours" not in captured.err
+    return captured.err
 
 
 @pytest.fixture
@@ -181,8 +181,8 @@ def test_mistakes_in_the_arguments(argv, answer, no_model, capsys):
     ids=" ".join,
 )
 def test_numbers_that_cannot_be_sampled_with(flags, no_model, capsys):
-    said = mistake(capsys, "generate", "--model", "x", *flags, "hello")
-    assert flags[0] in said
+    message = mistake(capsys, "generate", "--model", "x", *flags, "hello")
+    assert flags[0] in message
 
 
 def test_bad_data_is_found_before_the_model_is_loaded(no_model, monkeypatch, capsys, tmp_path):
@@ -251,20 +251,20 @@ def test_an_offline_hub_is_not_asked(capsys, monkeypatch, tmp_path):
 def test_adapters_that_are_none(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("none", "empty"):
-        said = mistake(capsys, "generate", "--adapter", tmp_path / name, "hello")
-        assert f"{tmp_path / name} is no adapter: adapter_config.json: No such file" in said
+        message = mistake(capsys, "generate", "--adapter", tmp_path / name, "hello")
+        assert f"{tmp_path / name} is no adapter: adapter_config.json: No such file" in message
         assert "is no adapter" in mistake(capsys, "chat", "--adapter", tmp_path / name)
-        said = mistake(capsys, "merge", "--adapter", tmp_path / name, "--output_dir", tmp_path / "out")
-        assert "is no adapter" in said
-    said = mistake(capsys, "generate", "--adapter", demo.DEMO_DIR, "hello")
-    assert "is no adapter" in said
-    assert "It holds a model: give that as --model.\n" in said
+        message = mistake(capsys, "merge", "--adapter", tmp_path / name, "--output_dir", tmp_path / "out")
+        assert "is no adapter" in message
+    message = mistake(capsys, "generate", "--adapter", demo.DEMO_DIR, "hello")
+    assert "is no adapter" in message
+    assert "It holds a model: give that as --model.\n" in message
     ended = tmp_path / "ended"  # a run of method full
     (ended / "model").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl"):
         (ended / name).write_text("{}")
-    said = mistake(capsys, "generate", "--adapter", ended, "hello")
-    assert f"But it is a run: give --model {ended / 'model'}.\n" in said
+    message = mistake(capsys, "generate", "--adapter", ended, "hello")
+    assert f"But it is a run: give --model {ended / 'model'}.\n" in message
     assert "give --adapter DIR, or --model NAME" in mistake(capsys, "generate", "hello")
     assert not (tmp_path / "out").exists()
 
@@ -275,8 +275,8 @@ def test_an_existing_run_is_not_overwritten(make_config, no_model, capsys):
     run.mkdir()
     (run / "config.json").write_text("{}")
     flags = ["--model", config.model, "--train_file", config.train_file, "--output_dir", run]
-    said = mistake(capsys, "train", *flags)
-    assert f"{run} holds a run: --resume auto goes on with it, another --output_dir starts anew." in said
+    message = mistake(capsys, "train", *flags)
+    assert f"{run} holds a run: --resume auto continues it, another --output_dir starts a new one." in message
     assert [path.name for path in run.iterdir()] == ["config.json"]
 
 
@@ -288,7 +288,7 @@ def test_resume_of_nothing(no_model, capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "expected"),
     [
         (errors.DivergedError("no finite gradient"), 3, "no finite gradient"),
         (errors.OutOfMemoryError("one example does not fit"), 4, "one example does not fit"),
@@ -302,14 +302,14 @@ def test_resume_of_nothing(no_model, capsys, tmp_path):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_exit_codes(error, code, said, monkeypatch, capsys):
+def test_exit_codes(error, code, expected, monkeypatch, capsys):
     def train(config):
         raise error
 
     monkeypatch.setattr("minilora.loop.train", train)
     assert cli.main(["train", "lora"]) == code
     message = capsys.readouterr().err
-    assert message.startswith(f"minilora: {said}")
+    assert message.startswith(f"minilora: {expected}")
     assert "Traceback" not in message
     if not isinstance(error, KeyboardInterrupt):
         with pytest.raises(type(error)):
@@ -396,9 +396,9 @@ def test_the_hub_is_asked_and_not_waited_for(hub, answer, monkeypatch):
     assert loading.HUB_TIMEOUT_S == 3
     monkeypatch.setattr(loading, "HUB_TIMEOUT_S", 0.2)
     started = time.perf_counter()
-    said = loading.hub_answers("Qwen/Qwen2-0.5B-Instruct")
+    printed = loading.hub_answers("Qwen/Qwen2-0.5B-Instruct")
     assert time.perf_counter() - started < 5
-    assert said == (f"the hub {answer}" if answer else "")
+    assert printed == (f"the hub {answer}" if answer else "")
 
 
 # ------------------------------------------------------------------------------------------------ signals
@@ -424,21 +424,21 @@ def stop_and_resume(number, after, environment, tmp_path, uninterrupted):
     command = [*TRAIN, *DEMO_RUN, "--output_dir", str(run)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
-        said = []
+        printed = []
         for line in process.stdout:
-            said.append(line)
+            printed.append(line)
             if line.startswith(f"step {after}/"):
                 process.send_signal(number)
         error = process.stderr.read()
-    said = "".join(said)
+    printed = "".join(printed)
     assert process.returncode == 128 + number
     assert not (run / ADAPTER).exists()
     message = re.fullmatch(rf"minilora: stopped by {number.name}; saved (.+)\. Go on with: (.+)\n", error)
     assert message, error
     saved = int(Path(message[1]).name.removeprefix("step-"))
     assert after <= saved < STEPS
-    assert "\x1b" not in said + error  # no terminal, no escape codes
-    assert "⟦" in said  # supervised tokens are marked without colour
+    assert "\x1b" not in printed + error  # no terminal, no escape codes
+    assert "⟦" in printed  # supervised tokens are marked without colour
 
     program, script, *argv = shlex.split(message[2])
     assert (program, script) == ("python", str(ROOT / "train.py"))  # as it was started, from any folder
@@ -509,7 +509,7 @@ def chat(monkeypatch, tiny_folder, typed):
 def test_chat_answers_remembers_forgets_and_leaves(conversations, monkeypatch, capsys, tiny_folder):
     typed = "Hello\n\n   \n你是谁？\n/new\nAgain?\n/quit\nnever asked\n"
     assert chat(monkeypatch, tiny_folder, typed) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert [[turn.role for turn in turns] for turns in conversations] == [
         ["user"],
         ["user", "assistant", "user"],
@@ -517,10 +517,10 @@ def test_chat_answers_remembers_forgets_and_leaves(conversations, monkeypatch, c
     ]
     assert [turns[-1].content for turns in conversations] == ["Hello", "你是谁？", "Again?"]
     assert conversations[1][0] == Turn("user", "Hello")
-    answers = [part.split("you> ")[0] for part in said.split("you> ")[1:]]
+    answers = [part.split("you> ")[0] for part in printed.split("you> ")[1:]]
     assert answers[0].strip() == conversations[1][1].content != ""  # what was said is what is remembered
     assert len([text for text in answers if text.strip()]) == 3
-    assert "\x1b" not in said
+    assert "\x1b" not in printed
 
 
 @pytest.mark.parametrize("leave", ["/quit\n", "/exit\n", "", "\n"])
@@ -551,8 +551,8 @@ def test_prompts_reach_the_model_as_they_are(prompt, conversations, capsys, tiny
 
 
 def test_a_prompt_longer_than_the_model_is_refused(capsys, tiny_folder):
-    said = mistake(capsys, "generate", "--model", tiny_folder, "--max_new_tokens", "8", "word " * 600)
-    assert "this model takes 504 before an answer" in said
+    message = mistake(capsys, "generate", "--model", tiny_folder, "--max_new_tokens", "8", "word " * 600)
+    assert "this model takes 504 before an answer" in message
 
 
 def test_the_home_folder_behind_an_equals_sign(monkeypatch):

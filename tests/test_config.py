@@ -139,10 +139,10 @@ def test_every_field_by_flag_and_by_toml(name, called_with, tmp_path, monkeypatc
         [*others, f"--{name}", word, "--", empty] if name == "target_modules" else [f"--{name}", word, *others, empty],
         [full],
     ]
-    for way in ways:
-        config = called_with(*way)
-        assert changed(config) == expected, way
-        assert type(getattr(config, name)) is type(value), way
+    for arguments in ways:
+        config = called_with(*arguments)
+        assert changed(config) == expected, arguments
+        assert type(getattr(config, name)) is type(value), arguments
 
 
 def test_every_field_is_explained(capsys):

@@ -56,9 +56,9 @@ def rows_of(path, *rows):
 def mistake(capsys, *argv):
     """What the command says on stderr, one line or more, with exit code 2."""
     assert cli.main([str(word) for word in argv]) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said.removeprefix("minilora: ").strip()
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message.removeprefix("minilora: ").strip()
 
 
 # ---------------------------------------------------------------------------------------- noise on the embeddings
@@ -203,7 +203,7 @@ def test_weights_in_every_form(given, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "expected"),
     [
         ({"train_file": "a,b,a"}, "train_file names a twice: give it a weight of 2, see train_weights."),
         ({"train_file": "a,b", "train_weights": "1"}, "train_weights has 1 number (1.0), but train_file names 2:"),
@@ -219,10 +219,10 @@ def test_weights_in_every_form(given, tmp_path):
         ({"eval_samples": 2}, "eval_samples needs evaluations: give eval_file or val_size."),
     ],
 )
-def test_mistakes_are_told_in_a_line(keys, said):
+def test_mistakes_are_told_in_a_line(keys, expected):
     with pytest.raises(ConfigError) as caught:
         resolve(None, keys)
-    assert said in str(caught.value).splitlines()[0]
+    assert expected in str(caught.value).splitlines()[0]
 
 
 def test_an_epoch_takes_of_each_file_what_its_weight_says():
@@ -279,10 +279,10 @@ def test_two_files_are_one_that_holds_the_rows_of_both(make_config, two_files, t
 
 def test_a_run_of_two_files_says_what_it_takes_of_each(start, two_files, capsys, monkeypatch):
     run = start(train_file=tuple(map(str, two_files)), train_weights=(2.0, 0.5))
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for file, count, taken in ((two_files[0], 12, 24), (two_files[1], 6, 3)):
-        assert f"{file}: {count} of {count} rows kept" in said
-        assert f"an epoch takes {taken} of its {count} rows, because of its weight" in said
+        assert f"{file}: {count} of {count} rows kept" in printed
+        assert f"an epoch takes {taken} of its {count} rows, because of its weight" in printed
     assert run.schedule.num_examples == 27
     epoch = np.concatenate([run.schedule.examples_of(step) for step in range(run.schedule.steps_per_epoch)])
     assert np.bincount(run.data.train.sources[epoch]).tolist() == [24, 3]
@@ -321,8 +321,8 @@ def test_a_weighted_run_resumes_to_the_bit_and_only_as_it_was(make_config, two_f
     assert adapter_of(resumed(config, tmp_path / "again", 4)) == adapter_of(config)
 
     settings = rundir.saved_config(Path(config.output_dir))
-    again = resolve(None, {"resume": config.output_dir}, settings)
-    assert (again.train_file, again.train_weights) == (config.train_file, config.train_weights)
+    resolved = resolve(None, {"resume": config.output_dir}, settings)
+    assert (resolved.train_file, resolved.train_weights) == (config.train_file, config.train_weights)
     two_files[1].write_bytes(two_files[1].read_bytes().replace(b"stone", b"river"))
     with pytest.raises(CheckpointError) as refused:
         loop.train(dataclasses.replace(config, resume="auto", train_weights=(0.5, 2.0), neftune_noise_alpha=1.0))
@@ -367,16 +367,16 @@ def test_repeats_are_counted_and_left_out_where_that_is_asked_for(start, tmp_pat
     files = (str(first), str(second))
     run = start(train_file=files, output_dir=str(tmp_path / "kept"))
     assert len(run.data.train) == 7
-    said = data_lines(capsys)
-    assert said.count("rows with the same tokens as an earlier row: 2") == 1
-    assert said.count("rows with the same tokens as an earlier row: 1") == 1
+    printed = data_lines(capsys)
+    assert printed.count("rows with the same tokens as an earlier row: 2") == 1
+    assert printed.count("rows with the same tokens as an earlier row: 1") == 1
 
     run = start(train_file=files, deduplicate=True, output_dir=str(tmp_path / "removed"))
     assert run.data.train.places(np.arange(4)) == f"{first}, lines [1, 2]; {second}, lines [1, 3]"
-    said = data_lines(capsys)
-    assert f"{first}: 2 of 4 rows kept; dropped: 2 the same as an earlier one" in said
-    assert f"{second}: 2 of 3 rows kept; dropped: 1 the same as an earlier one" in said
-    assert not any("repeats of" in line for line in said)
+    printed = data_lines(capsys)
+    assert f"{first}: 2 of 4 rows kept; dropped: 2 the same as an earlier one" in printed
+    assert f"{second}: 2 of 3 rows kept; dropped: 1 the same as an earlier one" in printed
+    assert not any("repeats of" in line for line in printed)
 
 
 def test_examples_are_the_same_only_with_the_same_tokens_and_the_same_mask():
@@ -448,10 +448,10 @@ def test_the_first_questions_are_answered_at_each_evaluation(make_config, tmp_pa
     assert [(record["prompt"], record["reference"]) for record in found] == 3 * [
         (row["instruction"], row["output"]) for row in rows
     ]
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sample")]
-    assert len(said) == 9
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sample")]
+    assert len(printed) == 9
     assert all(
-        line.split(None, 1)[1].startswith(record["prompt"][:20]) for line, record in zip(said, found, strict=True)
+        line.split(None, 1)[1].startswith(record["prompt"][:20]) for line, record in zip(printed, found, strict=True)
     )
 
     tiny = load_tiny()
@@ -602,10 +602,10 @@ def test_the_time_that_is_left_does_not_count_the_first_evaluation(tmp_path, mon
 def test_without_the_package_it_is_said_before_anything_is_read(tiny_folder, capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     flags = ["--model", tiny_folder, "--train_file", tmp_path / "none.jsonl", "--output_dir", tmp_path / "run"]
-    said = mistake(capsys, "train", *flags, "--report_to", "tensorboard")
-    assert said.startswith("report_to = 'tensorboard' needs the package tensorboard (")
-    assert said.endswith("): pip install tensorboard, or leave it out")
-    assert len(said.splitlines()) == 1
+    message = mistake(capsys, "train", *flags, "--report_to", "tensorboard")
+    assert message.startswith("report_to = 'tensorboard' needs the package tensorboard (")
+    assert message.endswith("): pip install tensorboard, or leave it out")
+    assert len(message.splitlines()) == 1
     assert not (tmp_path / "run").exists()
     assert "none.jsonl cannot be read" in mistake(capsys, "train", *flags)
 

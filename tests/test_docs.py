@@ -53,15 +53,15 @@ def told_by_all(block: str) -> str:
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
     """(its folder, what is shown and what was told) of the walkthrough's commands, in the order of the document."""
-    folder, shown, told = tmp_path_factory.mktemp("clone"), [], ""
+    folder, shown, printed = tmp_path_factory.mktemp("clone"), [], ""
     for name in ("train.py", "data", "minilora"):
         (folder / name).symlink_to(ROOT / name)
     with contextlib.chdir(folder):
         for language, content in blocks(ROOT / "docs" / "walkthrough.md"):
             if language == "bash":
-                told = told_by_all(content)
+                printed = told_by_all(content)
             elif language == "text":
-                shown.append((content, told))
+                shown.append((content, printed))
     return folder, shown
 
 
@@ -72,10 +72,10 @@ def measured(line: str) -> str:
 
 def test_the_commands_of_the_walkthrough_print_what_it_shows(walked):
     assert len(walked[1]) >= 3
-    for content, told in walked[1]:
-        lines = {measured(line) for line in told.splitlines()}
+    for content, printed in walked[1]:
+        lines = {measured(line) for line in printed.splitlines()}
         missing = [line for line in content.splitlines() if measured(line) not in lines]
-        assert not missing, f"{missing}\nnot in\n{told}"
+        assert not missing, f"{missing}\nnot in\n{printed}"
 
 
 def test_the_commands_of_the_questions_run(walked):
@@ -187,8 +187,8 @@ def test_both_languages_have_the_same_tables():
             assert english == chinese
         else:
             assert len(english) == len(chinese)
-            said = [re.findall(r"`([^`]+)`", " ".join(row)) for row in (english, chinese)]
-            assert said[0] == said[1]
+            parts = [re.findall(r"`([^`]+)`", " ".join(row)) for row in (english, chinese)]
+            assert parts[0] == parts[1]
     names = [re.findall(r"^\| (`[^`]+`) \|", prose(path), re.M) for path in (ENGLISH, CHINESE)]
     assert names[0] == names[1]  # of the commands
 
@@ -198,8 +198,8 @@ def test_both_languages_say_the_same():
     english, chinese = (re.sub(r"^\|.*\|$", "", prose(path), flags=re.M) for path in (ENGLISH, CHINESE))
     assert re.findall(r"^#+ ", english, re.M) == re.findall(r"^#+ ", chinese, re.M)
     for what in (r"`([^`]+)`", r"\]\(((?!README)[^)]+)\)"):
-        said = [{" ".join(found.split()) for found in re.findall(what, text)} for text in (english, chinese)]
-        assert said[0] == said[1], said[0] ^ said[1]
+        found_texts = [{" ".join(found.split()) for found in re.findall(what, text)} for text in (english, chinese)]
+        assert found_texts[0] == found_texts[1], found_texts[0] ^ found_texts[1]
     assert set(numbers(english)) == set(numbers(chinese)), set(numbers(english)) ^ set(numbers(chinese))
 
 
@@ -236,14 +236,14 @@ def test_the_figures_of_scaling_are_those_that_its_command_prints(capsys, monkey
 
 def test_what_fits_follows_from_the_memory_of_a_card():
     *memory, _, fits, _ = scaling_tables()  # of LoRA
-    for model, said in fits.items():
-        for cell, (table, card_gib) in zip(said, itertools.product(memory, (16, 24, 80)), strict=True):
+    for model, cells in fits.items():
+        for cell, (table, card_gib) in zip(cells, itertools.product(memory, (16, 24, 80)), strict=True):
             peaks = [[float(peak.replace(",", "")) for peak in each.split(" / ")] for each in table[model]]
-            (whole, again), shards = peaks[0], [with_checkpointing for _, with_checkpointing in peaks[1:]]
-            ways = {"replicas": whole, "again": again}
+            (whole, checkpointed), shards = peaks[0], [with_checkpointing for _, with_checkpointing in peaks[1:]]
+            ways = {"replicas": whole, "again": checkpointed}
             ways |= dict(zip(("8 cards", "64 cards", "512 cards"), shards, strict=True)) | {"no": 0.0}
             usable = card_gib * 2**30 * USABLE / 1e9
-            assert cell == next(way for way, peak in ways.items() if peak <= usable), (model, card_gib)
+            assert cell == next(setting for setting, peak in ways.items() if peak <= usable), (model, card_gib)
 
 
 def test_what_other_launchers_take_can_be_read():

@@ -399,12 +399,12 @@ def mutate(value: dict, rng: random.Random, places=None) -> bytes | dict:
         holder = value
         for parent in parents:
             holder = holder[parent]
-        how = rng.randrange(5)
-        if how == 0:
+        mutation = rng.randrange(5)
+        if mutation == 0:
             del holder[key]
-        elif how == 1:
+        elif mutation == 1:
             holder[rng.choice(("extra", "", "../x", key + "x"))] = holder.pop(key)
-        elif how == 2 and isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
+        elif mutation == 2 and isinstance(holder[key], (int, float)) and not isinstance(holder[key], bool):
             holder[key] = rng.choice((str(holder[key]), [holder[key]], -holder[key], holder[key] + 0.5, 10**5000))
         else:
             holder[key] = rng.choice(ODD_VALUES)
@@ -421,21 +421,21 @@ def as_bytes(value: dict, rng: random.Random) -> bytes:
     finally:
         sys.setrecursionlimit(limits[0])
         sys.set_int_max_str_digits(limits[1])
-    how = rng.randrange(18)
+    mutation = rng.randrange(18)
     place = rng.randrange(len(text))
-    if how == 0:
+    if mutation == 0:
         return text[:place]
-    if how == 1:
+    if mutation == 1:
         return text[:place] + bytes([rng.randrange(256)]) + text[place + 1 :]
-    if how == 2:
+    if mutation == 2:
         return text[:place] + rng.choice((b"\xff\xfe", b"\xc0\x80", b"\xed\xa0\x80", b"\0")) + text[place:]
-    if how == 3:
+    if mutation == 3:
         return rng.choice((b"\xef\xbb\xbf" + text, text.decode().encode("utf-16"), text + text, b"[" + text + b"]"))
-    if how == 4:
+    if mutation == 4:
         colon = text.find(b":", place)
         comma = text.find(b",", colon)
         return text[: colon + 1] + rng.choice(LITERALS) + text[comma:] if 0 < colon < comma else text + b","
-    if how == 5:
+    if mutation == 5:
         return text[:-1] + b", " + text[1:]  # every key twice
     return text
 
@@ -577,17 +577,17 @@ def test_mutated_toml(tmp_path):
     rng, tally = random.Random(5), Tally("mutated TOML", MUTATIONS * 2 // 10)
     for i in range(tally.total):
         lines = [f"{name} = {text}" for name, text in rng.sample(sorted(good.items()), 8)]
-        name, how = rng.choice(list(FIELDS)), rng.randrange(8)
-        if how == 0:
+        name, mutation = rng.choice(list(FIELDS)), rng.randrange(8)
+        if mutation == 0:
             lines.append(f"{name}.{'a.' * rng.choice((1, 50, 3000))}b = 1")
-        elif how == 1:
+        elif mutation == 1:
             lines.append(rng.choice(TOML_LINES))
-        elif how == 2:
+        elif mutation == 2:
             lines += [f"{name} = 1", f"{name} = 2"]
         else:
             lines.append(f"{name} = {rng.choice(TOML_VALUES)}")
         content = "\n".join(lines).encode("utf-8", "surrogatepass")
-        if how == 3:
+        if mutation == 3:
             place = rng.randrange(len(content))
             content = content[:place] + rng.choice((b"\xff", b"\xc3", b"\0", b"\r", b"\xef\xbb\xbf")) + content[place:]
         path.write_bytes(content)
@@ -607,11 +607,11 @@ def test_a_large_file_is_refused_as_fast_as_a_small_one(hostile, base, content):
 
 def test_what_is_said_of_a_hostile_file_is_short_and_printable(hostile, capsys):
     """Names in a file can hold what clears a terminal or renames its window; and they can be megabytes long."""
-    said = []
+    messages = []
 
     def say():
         assert cli.main(["generate", "--adapter", str(hostile), "x"]) == 2
-        said.append(capsys.readouterr().err)
+        messages.append(capsys.readouterr().err)
 
     path = hostile / adapter_format.CONFIG
     good, tensors, metadata = (
@@ -631,8 +631,8 @@ def test_what_is_said_of_a_hostile_file_is_short_and_printable(hostile, capsys):
         path.write_text(json.dumps(json.loads(good) | {"base_model_name_or_path": name}))
         say()
         path.write_text(good)
-    bad = [f"{len(text):,} characters: {text[:100]}" for text in said if len(text) > 20_000]
-    bad += [repr(text[:100]) for text in said if any(ord(c) < 32 and c != "\n" for c in text)]
+    bad = [f"{len(text):,} characters: {text[:100]}" for text in messages if len(text) > 20_000]
+    bad += [repr(text[:100]) for text in messages if any(ord(c) < 32 and c != "\n" for c in text)]
     assert not bad
 
 

@@ -425,10 +425,10 @@ def process_settings() -> dict:
     }
 
 
-@pytest.mark.parametrize("how", ["as it ends", "after an error", "in 8 bits"])
-def test_a_run_leaves_the_settings_of_the_process_as_they_were(make_config, monkeypatch, how):
+@pytest.mark.parametrize("ending", ["as it ends", "after an error", "in 8 bits"])
+def test_a_run_leaves_the_settings_of_the_process_as_they_were(make_config, monkeypatch, ending):
     """A notebook that trained once had TF32 products, other random numbers and no progress bars afterwards."""
-    keys = {"load_in_8bit": True} if how == "in 8 bits" else {}
+    keys = {"load_in_8bit": True} if ending == "in 8 bits" else {}
     if keys:
         pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(cache, "CACHE_FROM_BYTES", 1)  # a cached file raises the limit of open files
@@ -441,7 +441,7 @@ def test_a_run_leaves_the_settings_of_the_process_as_they_were(make_config, monk
 
     def train_step(run):
         changed.update(process_settings())
-        if how == "after an error":
+        if ending == "after an error":
             raise OSError("no disk")
         return real(run)
 
@@ -451,7 +451,7 @@ def test_a_run_leaves_the_settings_of_the_process_as_they_were(make_config, monk
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most[1] - 1 if most[1] > 1 else most[1], most[1]))
         before = process_settings()
-        with pytest.raises(OSError, match="no disk") if how == "after an error" else nullcontext():
+        with pytest.raises(OSError, match="no disk") if ending == "after an error" else nullcontext():
             loop.train(config)
         after = process_settings()
     finally:
@@ -588,8 +588,8 @@ def outcome(folder, last=6):
     }
 
 
-@pytest.mark.parametrize(("stopped_after", "how"), [(2, "auto"), (3, "auto"), (4, "auto"), (3, "path")])
-def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(six_steps, copied, stopped_after, how):
+@pytest.mark.parametrize(("stopped_after", "resume_by"), [(2, "auto"), (3, "auto"), (4, "auto"), (3, "path")])
+def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(six_steps, copied, stopped_after, resume_by):
     other = Path(copied.output_dir)
     for name in ("adapter", "summary.json"):
         shutil.rmtree(other / name) if (other / name).is_dir() else (other / name).unlink()
@@ -597,7 +597,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one_to_the_bit(six_steps, copie
         if int(path.name[5:]) > stopped_after:
             shutil.rmtree(path)
     torch.manual_seed(stopped_after)
-    resume = "auto" if how == "auto" else str(checkpoint.checkpoint_path(other, stopped_after))
+    resume = "auto" if resume_by == "auto" else str(checkpoint.checkpoint_path(other, stopped_after))
     loop.train(dataclasses.replace(copied, resume=resume))
     assert outcome(other) == outcome(six_steps.output_dir)
 
@@ -777,7 +777,7 @@ def test_a_new_token_budget_is_obeyed_by_a_resumed_run(copied, start):
 # ---------------------------------------------------------------------------------------- when things go wrong
 
 
-def planted(bad_calls, how):
+def planted(bad_calls, fault):
     """token_loss that is spoilt at these calls (from 1): a NaN loss, an infinite loss, or a NaN gradient only."""
     real, calls = loop.token_loss, [0]
 
@@ -786,17 +786,17 @@ def planted(bad_calls, how):
         nats = real(hidden, *args)
         if calls[0] not in bad_calls:
             return nats
-        if how == "nan gradient":
+        if fault == "nan gradient":
             return nats + torch.sqrt((hidden * 0).sum())
-        return nats * {"nan loss": math.nan, "infinite loss": math.inf}[how]
+        return nats * {"nan loss": math.nan, "infinite loss": math.inf}[fault]
 
     return token_loss
 
 
-@pytest.mark.parametrize("how", ["nan loss", "infinite loss", "nan gradient"])
-def test_a_step_that_is_not_finite_changes_nothing(start, monkeypatch, how):
+@pytest.mark.parametrize("fault", ["nan loss", "infinite loss", "nan gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(start, monkeypatch, fault):
     run = start(max_tokens_per_micro_batch=WHOLE_STEP, num_train_epochs=3, weight_decay=0.1)
-    monkeypatch.setattr(loop, "token_loss", planted({2, 3, 5, 6}, how))
+    monkeypatch.setattr(loop, "token_loss", planted({2, 3, 5, 6}, fault))
 
     def everything():
         state = {f"{i}.{k}": v for i, s in enumerate(run.optimizer.state.values()) for k, v in s.items()}
@@ -814,9 +814,9 @@ def test_a_step_that_is_not_finite_changes_nothing(start, monkeypatch, how):
     assert math.isfinite(run.state.last_loss)
 
 
-@pytest.mark.parametrize("how", ["nan loss", "nan gradient"])
-def test_a_run_goes_on_after_a_skipped_step(make_config, monkeypatch, how):
-    monkeypatch.setattr(loop, "token_loss", planted({1, 3}, how))
+@pytest.mark.parametrize("fault", ["nan loss", "nan gradient"])
+def test_a_run_goes_on_after_a_skipped_step(make_config, monkeypatch, fault):
+    monkeypatch.setattr(loop, "token_loss", planted({1, 3}, fault))
     config = make_config(max_tokens_per_micro_batch=WHOLE_STEP, logging_steps=1)
     summary = loop.train(config)
     assert (summary.steps, summary.skipped_steps) == (4, 2)

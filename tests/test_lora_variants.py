@@ -391,9 +391,9 @@ def test_each_variant_is_the_same_function_wherever_it_goes(name, trained, load_
             export_portable(folder, tmp_path / "portable")
         return
     export_portable(folder, tmp_path / "portable")
-    again = load_tiny()
-    adapter_format.load(again, tmp_path / "portable", fingerprint(again))
-    torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-4)
+    reloaded = load_tiny()
+    adapter_format.load(reloaded, tmp_path / "portable", fingerprint(reloaded))
+    torch.testing.assert_close(logits(reloaded), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("rslora", "targets"), [(False, ALL[:4]), (True, ALL)])
@@ -462,9 +462,9 @@ def test_adapters_of_several_variants_are_switched(load_tiny, tiny_folder, tmp_p
 def test_activations_computed_again_change_nothing(load_tiny, make_config):
     """They draw the same dropout again: DoRA's comes from torch's generator."""
     found = []
-    for again in (False, True):
+    for checkpointing in (False, True):
         model = load_tiny()
-        trainable.make_trainable(model, make_config(use_dora=True, lora_dropout=0.2), checkpointing=again)
+        trainable.make_trainable(model, make_config(use_dora=True, lora_dropout=0.2), checkpointing=checkpointing)
         torch.manual_seed(0)
         model.train()(IDS, labels=IDS).loss.backward()
         found.append([param.grad for param in model.parameters() if param.requires_grad])
@@ -525,12 +525,12 @@ def test_from_peft_to_here_and_back(variant, start, make_config, load_tiny, tmp_
 
     theirs = peft_adapter(tmp_path / "theirs", load_tiny(), **variant)
     keys = {"adapter": str(tmp_path / "theirs"), "lora_r": 4, "lora_alpha": 10, "max_steps": 2} | variant
-    begun = load_file(tmp_path / "theirs" / adapter_format.WEIGHTS)
+    initial = load_file(tmp_path / "theirs" / adapter_format.WEIGHTS)
     found = adapter_format.tensors(
         start(**keys, output_dir="begun").model, adapter_format.read_config(tmp_path / "theirs").scale
     )
-    assert found.keys() == begun.keys()
-    assert all(torch.equal(found[key], begun[key]) for key in begun)
+    assert found.keys() == initial.keys()
+    assert all(torch.equal(found[key], initial[key]) for key in initial)
 
     loop.train(make_config(**keys))
     ours = load_tiny()
@@ -544,8 +544,8 @@ def test_from_peft_to_here_and_back(variant, start, make_config, load_tiny, tmp_
 def called(argv, capsys):
     """(exit code, stdout, stderr) of `minilora train` with these words."""
     code = cli.main(["train", *map(str, argv)])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 @pytest.fixture

@@ -32,11 +32,11 @@ LONG = "x" * 300
 def mistake(capsys, *argv) -> str:
     """What a command that cannot be obeyed says: exit code 2, one message, no traceback."""
     code = cli.main([str(word) for word in argv])
-    said = capsys.readouterr().err
-    assert code == 2, said
-    assert said.startswith("minilora: ")
-    assert "Traceback" not in said
-    return said.removeprefix("minilora: ").rstrip("\n")
+    message = capsys.readouterr().err
+    assert code == 2, message
+    assert message.startswith("minilora: ")
+    assert "Traceback" not in message
+    return message.removeprefix("minilora: ").rstrip("\n")
 
 
 @pytest.fixture
@@ -75,8 +75,8 @@ def test_a_train_file_with_a_very_long_name_gets_a_run_folder_of_a_name_that_fit
 @pytest.mark.parametrize("key", ["num_train_epochs", "learning_rate", "val_size"])
 def test_numbers_that_are_not_finite_are_called_that(key, value, capsys):
     """`--num_train_epochs inf` was once answered with "inf must be more than 0"."""
-    said = mistake(capsys, "train", f"--{key}={value}")
-    assert said == f"{key} = {value} must be a finite number."
+    message = mistake(capsys, "train", f"--{key}={value}")
+    assert message == f"{key} = {value} must be a finite number."
 
 
 @pytest.mark.parametrize("names", [["q_proj, v_proj"], ["q_proj,", " v_proj "], ["q_proj ,v_proj,"]])
@@ -113,8 +113,8 @@ def test_paths_that_name_nothing_are_refused_by_name(key, value, capsys, tmp_pat
 @pytest.mark.parametrize("value", ["1e-4", "-1"])
 def test_an_unknown_flag_with_a_value_is_one_mistake(before, value, capsys):
     """`lora --lerning_rate 1e-4` once also said that '1e-4' is an unknown argument."""
-    said = mistake(capsys, "train", *before, "--lerning_rate", value)
-    assert said == "unknown argument '--lerning_rate'. Did you mean --learning_rate? See minilora train --help"
+    message = mistake(capsys, "train", *before, "--lerning_rate", value)
+    assert message == "unknown argument '--lerning_rate'. Did you mean --learning_rate? See minilora train --help"
 
 
 def test_a_toml_file_with_a_byte_order_mark(tmp_path):
@@ -127,7 +127,7 @@ def test_help_says_what_zero_means(capsys):
     """A number that may be 0 means "never", "all" or "chosen" there, and nobody can guess which."""
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
-    said = " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
     for key in (
         "max_grad_norm",
         "max_steps",
@@ -136,7 +136,7 @@ def test_help_says_what_zero_means(capsys):
         "save_steps",
         "save_total_limit",
     ):
-        text = re.search(rf"--{key} {key.upper()} (.*?)\(default", said.partition("options:")[2])[1]
+        text = re.search(rf"--{key} {key.upper()} (.*?)\(default", printed.partition("options:")[2])[1]
         assert "; 0: " in text, key
 
 
@@ -192,11 +192,11 @@ def test_a_file_that_is_wrong_as_a_whole_gets_one_line_and_a_command_that_mends_
     file.write_bytes(content.encode(encoding))
     with pytest.raises(DataError) as caught:
         read_rows(file, on_bad_rows)
-    said = str(caught.value)
-    assert word in said
-    assert "\n" not in said
-    assert "skip" not in said
-    command = re.search(r": ((?:python|iconv|jq) .*) converts it", said)[1]
+    message = str(caught.value)
+    assert word in message
+    assert "\n" not in message
+    assert "skip" not in message
+    command = re.search(r": ((?:python|iconv|jq) .*) converts it", message)[1]
     if not shutil.which(command.split()[0]) and not command.startswith("python"):
         pytest.skip(f"{command.split()[0]} is not installed")
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
@@ -224,9 +224,9 @@ def test_rows_that_are_dropped_are_not_counted_as_truncated_too(tmp_path, start,
     """A row whose answer lies beyond max_length was once both "truncated" and "dropped: nothing supervised"."""
     rows = [A_ROW, {"instruction": "red stone " * 100, "output": "b"}]
     start(train_file=str(rows_of(tmp_path / "rows.jsonl", *rows)), max_length=40)
-    said = capsys.readouterr().out
-    assert "dropped: 1 nothing supervised" in said
-    assert "truncated" not in said
+    printed = capsys.readouterr().out
+    assert "dropped: 1 nothing supervised" in printed
+    assert "truncated" not in printed
 
 
 def test_a_line_without_an_end_does_not_fill_the_memory(tmp_path):
@@ -259,9 +259,9 @@ def test_a_model_folder_without_tokenizer_says_which_files_are_missing(flags, ti
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "base").mkdir(exist_ok=True)
         shutil.copy(tiny_folder / name, tmp_path / "base")
-    said = mistake(capsys, *flags, "--output_dir", tmp_path / "run", "--model", tmp_path / "base")
-    assert "tokenizer.json" in said
-    assert "tokenizer_config.json" in said
+    message = mistake(capsys, *flags, "--output_dir", tmp_path / "run", "--model", tmp_path / "base")
+    assert "tokenizer.json" in message
+    assert "tokenizer_config.json" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -426,9 +426,9 @@ def test_a_lock_on_a_folder_that_was_removed_meanwhile_is_not_taken_for_one(tmp_
 def test_one_example_a_micro_batch_is_called_that(start, capsys):
     """--packing false once said "in micro-batches of up to 1 tokens"."""
     start(packing=False)
-    said = capsys.readouterr().out
-    assert "one example a micro-batch" in said
-    assert "1 tokens" not in said
+    printed = capsys.readouterr().out
+    assert "one example a micro-batch" in printed
+    assert "1 tokens" not in printed
 
 
 def test_commands_to_copy_survive_spaces_in_paths(flags, tmp_path, capsys):
@@ -458,7 +458,7 @@ def test_no_best_is_explained(make_config, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(loop, "evaluate", lambda run, dataset: next(losses))
     config = make_config(eval_file=str(write_jsonl(tmp_path / "valid.jsonl", 4, seed=3)))
     loop.train(config)
-    assert "no evaluation was better than the untrained base: no best/" in capsys.readouterr().out
+    assert "no evaluation was better than the untrained base: there is no best/" in capsys.readouterr().out
     assert not (Path(config.output_dir) / "best").exists()
 
 

@@ -30,8 +30,8 @@ def test_the_rate_rises_to_the_peak_and_falls_and_is_never_zero(num_steps, shape
         assert len(set(falling)) == len(falling)
     else:
         assert set(falling) <= {peak}
-    again = [learning_rate(step, num_steps, peak, shape, warmup_ratio) for step in reversed(range(num_steps))]
-    assert again[::-1] == rates
+    reversed_rates = [learning_rate(step, num_steps, peak, shape, warmup_ratio) for step in reversed(range(num_steps))]
+    assert reversed_rates[::-1] == rates
     halved = [learning_rate(step, num_steps, peak / 2, shape, warmup_ratio) for step in range(num_steps)]
     assert halved == [rate / 2 for rate in rates]
 

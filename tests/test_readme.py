@@ -57,12 +57,12 @@ def told_by(command: str) -> str:
     words = shlex.split(changed)[1:]
     argv = ["train", *words[1:]] if words[0] == "train.py" else words[2:]
     assert words[0] == "train.py" or words[:2] == ["-m", "minilora"], command
-    told, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
+    printed, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "stdin", io.StringIO(typed))
         code = cli.main(argv)
     assert code == 0, f"{command}\n{changed}\n{errors.getvalue()[-2000:]}"
-    return told.getvalue()
+    return printed.getvalue()
 
 
 @pytest.mark.timeout(900)  # two dozen commands one after the other, on a machine that may be busy
@@ -75,9 +75,9 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch):
     for command in dict.fromkeys(lines):  # README shows some of the commands of the usage page
         if for_the_test(command) is None:
             continue
-        told = told_by(command)
+        printed = told_by(command)
         if "generate" in command or "chat" in command:
-            assert len(told.strip()) > 1, command
+            assert len(printed.strip()) > 1, command
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +140,8 @@ def test_each_cell_about_a_peer_has_its_source():
 
     (section,) = re.findall(r"^What each can do.*\Z", README, re.M | re.S)
     (_, *names), _, *rows = cells(section, 9)
-    said = {(feature, who, cell) for feature, *line in rows for who, cell in zip(names, line, strict=True)}
-    assert {cell for *_, cell in said} == {"yes", "no", "partly", "-"}
+    table = {(feature, who, cell) for feature, *line in rows for who, cell in zip(names, line, strict=True)}
+    assert {cell for *_, cell in table} == {"yes", "no", "partly", "-"}
     _, _, *rows = cells((ROOT / "docs" / "peers.md").read_text("utf-8").split("## Cell by cell")[1], 5)
     assert all(where for *_, where in rows)
-    assert {(feature, who, verdict) for feature, who, verdict, _, _ in rows} == {row for row in said if row[2] != "-"}
+    assert {(feature, who, verdict) for feature, who, verdict, _, _ in rows} == {row for row in table if row[2] != "-"}

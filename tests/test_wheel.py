@@ -100,9 +100,9 @@ def test_the_wheel_trains_the_demo_from_an_empty_folder(wheel, tmp_path):
     assert Path(where).parent == site / "minilora"
     assert run(fresh / "bin" / "minilora", "--version", cwd=empty).strip() == f"minilora {minilora.__version__}"
 
-    said = run(fresh / "bin" / "minilora", "train", "demo", cwd=empty)
+    printed = run(fresh / "bin" / "minilora", "train", "demo", cwd=empty)
     summary = json.loads((empty / "runs" / "lora-demo-train" / "summary.json").read_text("utf-8"))
-    assert "verified     runs/lora-demo-train/adapter" in said
+    assert "verified     runs/lora-demo-train/adapter" in printed
     assert summary["best_eval_loss"] < 0.3 < 2 < summary["first_eval_loss"]
     assert "小洛" in summary["answers"][0]["tuned"]
     ask = ("generate", "--adapter", "runs/lora-demo-train/adapter", "你是谁？")

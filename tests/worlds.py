@@ -44,7 +44,7 @@ class Child:
                 os.kill(self.pid, signal.SIGUSR1)
                 time.sleep(1)
                 self.kill()
-                pytest.fail(f"a process hangs; it said: {self.log.read_text()[:3000]}")
+                pytest.fail(f"a process hangs; its output: {self.log.read_text()[:3000]}")
             time.sleep(0.005)
         with open(self._pipe, "rb") as pipe:
             text = pipe.read()
@@ -92,7 +92,7 @@ def start(size: int, work, folder: Path, number: int) -> list[Child]:
     return [Child(rank, size, port, work, folder / f"world{number}-rank{rank}.log") for rank in range(size)]
 
 
-def spoilt(calls_of, how, real=loop.token_loss):
+def spoilt(calls_of, fault, real=loop.token_loss):
     """token_loss that in this process goes wrong at these calls (from 1)."""
     calls = [0]
 
@@ -100,9 +100,9 @@ def spoilt(calls_of, how, real=loop.token_loss):
         calls[0] += 1
         if calls[0] not in calls_of:
             return real(*args)
-        if how == "nan":
+        if fault == "nan":
             return real(*args) * float("nan")
-        raise how
+        raise fault
 
     return token_loss
 

@@ -1,4 +1,4 @@
-"""`minilora inspect`: a text on its way through a model: tokens, ids, embeddings, logits, the next token."""
+"""`minilora inspect` shows how a model processes a text: tokens, ids, embeddings, logits and the next token."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ from minilora.utils import files
 from minilora.utils.html import Html, bar, page, section, table, tag
 from minilora.utils.terminal import say
 
-FIRST_VALUES = 5  # of an embedding that are shown
-EXACT = "float32"  # what is computed in another type is said to be rounded
-SHOWN_TOKENS = 64  # in the terminal: of a longer text its beginning and its end
+FIRST_VALUES = 5  # shown of each embedding
+EXACT = "float32"  # for other types the output says that the numbers are rounded
+SHOWN_TOKENS = 64  # in the terminal; of a longer text the first and the last tokens are shown
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token of the text, and the first values of its embedding."""
+    """A token of the text with the first values of its embedding."""
 
     position: int
     id: int
@@ -36,7 +36,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that may come next: its probability among all tokens of the vocabulary, and its place, by model."""
+    """A possible next token: its probability over the vocabulary and its rank, by model."""
 
     id: int
     text: str
@@ -46,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What became of a text. Shapes: embeddings (tokens, hidden), logits (tokens, vocabulary)."""
+    """The result of an inspection. Shapes: embeddings (tokens, hidden), logits (tokens, vocabulary)."""
 
     text: str
     raw: bool
@@ -56,14 +56,14 @@ class Inspection:
     embedding_shape: tuple[int, ...]
     logits_shape: tuple[int, ...]
     candidates: list[Candidate]
-    predicted: dict[str, str]  # the likeliest next token, by model
+    predicted: dict[str, str]  # model -> likeliest next token
 
 
 @torch.no_grad()
 def inspect(chat_model: ChatModel, text: str, raw: bool, top_k: int) -> Inspection:
-    """Follow a text through the base, and through the adapter where there is one.
+    """Run a text through the base, and through the adapter if there is one.
 
-    Raises DataError for a text that has no tokens or too many, DivergedError for a model whose numbers are broken.
+    Raises DataError for a text that has no tokens or too many, DivergedError for logits that are not finite.
     """
     ids = raw_ids(chat_model, text) if raw else prompt_ids(chat_model, [Turn("user", text)], Sampling(max_new_tokens=1))
     model, tokenizer = chat_model.model, chat_model.tokenizer
@@ -90,11 +90,11 @@ def inspect(chat_model: ChatModel, text: str, raw: bool, top_k: int) -> Inspecti
 
 
 def raw_ids(chat_model: ChatModel, text: str) -> list[int]:
-    """The tokens of a text as the tokenizer alone makes them: without markup, control tokens where it spells them."""
+    """The token ids of a text without chat markup. A control token that the text spells becomes that token."""
     try:
         ids = chat_model.tokenizer(text)["input_ids"]
     except (UnicodeEncodeError, TypeError) as error:
-        raise DataError("the text is not UTF-8: its bytes are no text in the terminal's encoding") from error
+        raise DataError("the text is not UTF-8") from error
     if not ids:
         raise DataError("the text is empty: there is no last position to predict from")
     if len(ids) > (limit := chat_model.model.config.max_position_embeddings):
@@ -103,20 +103,20 @@ def raw_ids(chat_model: ChatModel, text: str) -> list[int]:
 
 
 def next_token(model: Any, input_ids: Tensor, name: str) -> Tensor:
-    """Probabilities of the token after the last position, over the whole vocabulary. (vocabulary,), fp64 on the CPU
+    """The probabilities of the token after the last position. (vocabulary,), fp64 on the CPU
 
-    Of the logits only the last position's are computed: a long text's would take gigabytes.
+    Only the logits of the last position are computed; those of a long text would need gigabytes.
     """
     logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[0, -1].double().cpu()
     if not torch.isfinite(logits).all():
-        raise DivergedError(f"{name}: its logits are not finite numbers: there is something wrong with the weights")
+        raise DivergedError(f"{name}: its logits are not finite numbers, so its weights are damaged")
     return logits.softmax(-1)
 
 
 def candidates(tokenizer: Any, probabilities: dict[str, Tensor], top_k: int) -> list[Candidate]:
-    """The top_k tokens of each model, the last model's likeliest first."""
+    """The top_k tokens of each model, sorted by the rank in the last model."""
     order = {name: chances.argsort(descending=True, stable=True) for name, chances in probabilities.items()}
-    places = {name: ids.argsort() for name, ids in order.items()}  # a token's place in that order
+    ranks = {name: ids.argsort() for name, ids in order.items()}  # from 0, by token id
     ids = {int(id) for best in order.values() for id in best[:top_k]}
     last = list(probabilities)[-1]
     return [
@@ -124,9 +124,9 @@ def candidates(tokenizer: Any, probabilities: dict[str, Tensor], top_k: int) -> 
             id,
             token_text(tokenizer, id),
             {name: float(chances[id]) for name, chances in probabilities.items()},
-            {name: 1 + int(place[id]) for name, place in places.items()},
+            {name: 1 + int(rank[id]) for name, rank in ranks.items()},
         )
-        for id in sorted(ids, key=lambda id: int(places[last][id]))
+        for id in sorted(ids, key=lambda id: int(ranks[last][id]))
     ]
 
 
@@ -134,13 +134,13 @@ def candidates(tokenizer: Any, probabilities: dict[str, Tensor], top_k: int) -> 
 
 
 def token_text(tokenizer: Any, token_id: int) -> str:
-    """A token as text; bytes that are only part of a character as \\xNN."""
+    """A token as text. Bytes that are only part of a character are written as \\xNN."""
     added = tokenizer.added_tokens_decoder.get(token_id)
     if added is not None:
         return added.content
     symbols = tokenizer.convert_ids_to_tokens(token_id) if token_id < len(tokenizer) else None
     if symbols is None:
-        return f"[no token {token_id}]"  # a vocabulary is padded to a round number
+        return f"[no token {token_id}]"  # the vocabulary of a model may be padded beyond the tokenizer's
     known = _byte_of_symbol()
     if not all(symbol in known for symbol in symbols):
         return tokenizer.decode([token_id])
@@ -149,7 +149,7 @@ def token_text(tokenizer: Any, token_id: int) -> str:
 
 @functools.cache
 def _byte_of_symbol() -> dict[str, int]:
-    """The byte that a symbol of a byte-level vocabulary stands for.
+    """The byte for each symbol of a byte-level vocabulary.
 
     Source: bytes_to_unicode of https://github.com/openai/gpt-2/blob/master/src/encoder.py
     """
@@ -159,18 +159,18 @@ def _byte_of_symbol() -> dict[str, int]:
 
 
 def visible(text: str) -> str:
-    """A text on one line: what cannot be seen is spelled."""
+    """A text on one line: characters that are not printable become escape sequences."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def padded(text: str, columns: int) -> str:
-    """A text filled up to so many columns of a terminal, in which Chinese characters take two."""
+    """A text padded with spaces to a width in terminal columns; a Chinese character takes two."""
     wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
     marks = sum(unicodedata.combining(char) > 0 for char in text)
     return text + " " * max(0, columns - len(text) - wide + marks)
 
 
-# ---------------------------------------------------------------------------------------- what is said
+# ---------------------------------------------------------------------------------------- the output
 
 
 def show(found: Inspection) -> None:
@@ -182,7 +182,7 @@ def show(found: Inspection) -> None:
     say("tokens", f"{len(found.tokens):,}: position, id, text, first values of the embedding")
     for token in shortened(found.tokens):
         if token is None:
-            say("", f"... and {len(found.tokens) - SHOWN_TOKENS:,} more, then the last ...")
+            say("", f"... and {len(found.tokens) - SHOWN_TOKENS:,} more; the last ones follow ...")
             continue
         values = " ".join(f"{value:8.4f}" for value in token.embedding)
         say("", f"{token.position:>5} {token.id:>7}  {padded(quoted(token.text), 16)} {values}")
@@ -191,7 +191,7 @@ def show(found: Inspection) -> None:
     vocabulary = found.logits_shape[1]
     say("logits", f"({tokens:,}, {vocabulary:,}): at each position one for each token of the vocabulary")
     names = list(found.predicted)
-    say("next token", f"after position {tokens - 1}, the last: probability among all {vocabulary:,} tokens (place)")
+    say("next token", f"after position {tokens - 1}, the last: probability among all {vocabulary:,} tokens (rank)")
     if found.dtype != EXACT:
         say("", rounded(found))
     say("", f"{'id':>7}  {'text':<16}" + "".join(f"{name:>21}" for name in names))
@@ -205,12 +205,12 @@ def show(found: Inspection) -> None:
 
 
 def rounded(found: Inspection) -> str:
-    """What is to be known of probabilities that are not computed in float32."""
-    return f"computed in {found.dtype}, whose rounding moves them, at times by a factor of two; finer: --dtype {EXACT}"
+    """A warning about probabilities that are not computed in float32."""
+    return f"rounded to {found.dtype}, which changes some by a factor of two; --dtype {EXACT} is more precise"
 
 
 def shortened(tokens: Sequence[Token]) -> list[Token | None]:
-    """The tokens; of many the first and the last, with None between them."""
+    """The tokens; of more than SHOWN_TOKENS only the first and the last, with None between them."""
     if len(tokens) <= SHOWN_TOKENS:
         return list(tokens)
     half = SHOWN_TOKENS // 2
@@ -218,17 +218,17 @@ def shortened(tokens: Sequence[Token]) -> list[Token | None]:
 
 
 def quoted(text: str) -> str:
-    """A token so that its blanks can be seen."""
+    """A token in quotation marks, so that spaces are visible."""
     return f'"{visible(text)}"'
 
 
 def save_json(found: Inspection, path: Path) -> None:
-    """The inspection as JSON, the keys of `Inspection`."""
+    """Write the inspection as JSON with the keys of `Inspection`."""
     files.replace_file(path, files.json_chunks(dataclasses.asdict(found)))
 
 
 def save_page(found: Inspection, title: str, path: Path) -> None:
-    """The inspection as a page."""
+    """Write the inspection as an HTML page."""
     files.replace_file(path, [as_page(found, title).encode()])
 
 
@@ -249,10 +249,10 @@ def as_page(found: Inspection, title: str) -> Html:
             chance = candidate.probability[name]
             cells.append(tag("span", f"{100 * chance:.4f} % ({candidate.rank[name]:,})", bar(chance / largest, number)))
         rows.append(cells)
-    tokenised = "as the tokenizer alone cuts it" if found.raw else "in chat markup, up to where the assistant answers"
+    tokenised = "without chat markup" if found.raw else "in chat markup, up to where the assistant answers"
     prompt = [tag("p", "system prompt: ", found.system_prompt, class_="soft")] if found.system_prompt else []
     return page(
-        "What the model makes of a text",
+        "Inspection of a text",
         tag("p", title, class_="soft"),
         section("Text", tag("p", found.text, class_="text"), *prompt),
         section(
@@ -264,8 +264,8 @@ def as_page(found: Inspection, title: str) -> Html:
             "Next token",
             tag(
                 "p",
-                f"Logits ({tokens:,}, {vocabulary:,}). Their last row, position {tokens - 1}, as probabilities among "
-                f"all {vocabulary:,} tokens of the vocabulary; in brackets the place.",
+                f"Logits ({tokens:,}, {vocabulary:,}). The last row, position {tokens - 1}, is shown as probabilities "
+                f"over all {vocabulary:,} tokens of the vocabulary; the rank is in brackets.",
                 *([f" They are {rounded(found)}."] if found.dtype != EXACT else []),
             ),
             table(["id", "text", *names], rows, numbers=[0]),

@@ -1,4 +1,4 @@
-"""`minilora plan` predicts the memory that a run needs, part by part and for other settings. No weights are loaded."""
+"""`minilora plan` predicts the memory that a run needs: by part, and for other settings. It loads no weights."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ from minilora.training.setup import longest_allowed, schedule_of
 from minilora.utils.device import device_name, free_bytes, gib, memory_bytes, pick_device, pick_dtype
 from minilora.utils.terminal import say
 
-CARDS_WITHOUT_BF16 = {  # those before NVIDIA's Ampere generation; GiB, the most common size first
+CARDS_WITHOUT_BF16 = {  # NVIDIA cards before Ampere; sizes in GiB, the most common one first
     "GTX {}": "1050 Ti 4, 1060 6/3, 1070 8, 1070 Ti 8, 1080 8, 1080 Ti 11, 1650 4, 1650 Super 4, 1660 6, 1660 Super 6, "
     "1660 Ti 6",
     "GTX {} Laptop": "1650 4, 1660 Ti 6",
@@ -48,7 +48,7 @@ CARDS_WITH_BF16 = {
 
 
 def _sizes(table: dict[str, str]) -> dict[str, tuple[int, ...]]:
-    """GiB by the full name of each card."""
+    """The sizes in GiB of each card, by its full name."""
     entries = [(form, *part.rpartition(" ")) for form, text in table.items() for part in text.split(", ")]
     return {form.format(name): tuple(map(int, sizes.split("/"))) for form, name, _, sizes in entries}
 
@@ -56,20 +56,20 @@ def _sizes(table: dict[str, str]) -> dict[str, tuple[int, ...]]:
 WITHOUT_BF16 = _sizes(CARDS_WITHOUT_BF16)
 CARDS_GIB = WITHOUT_BF16 | _sizes(CARDS_WITH_BF16)
 GIB_RANGE = (1, 300)
-NOT_OF_THE_NAME = (  # words that a driver puts around the name
+WORDS_AROUND_THE_NAME = (  # words that a driver adds to the name of a card
     r"nvidia|geforce|tesla|graphics|card|gpu|generation|edition|workstation|server|with|design|blackwell( max-q)?|pcie"
     r"|nvl|sxm\d?|hbm\d?e?"
 )
 BUDGETS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-COUNTED_TOKENS = {"cpu": (768, 1536), "cuda": (2048, 4096)}  # chunks of logits are full there; on a CPU more takes long
-COUNTED_LENGTH = 256  # of a row; shorter ones take the same memory, and on a CPU longer to count
+COUNTED_TOKENS = {"cpu": (768, 1536), "cuda": (2048, 4096)}  # enough to fill a chunk of logits
+COUNTED_LENGTH = 256  # of a row; shorter rows need the same memory and take longer to count on a CPU
 Variant = tuple[Literal["lora", "full"], bool]  # method, checkpointing
 VARIANTS: tuple[Variant, ...] = (("lora", False), ("lora", True), ("full", False), ("full", True))
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is to go; bytes of its memory that are in use now, and that may be at the peak."""
+    """The device of a run; the bytes of its memory that are in use now, and that may be in use at the peak."""
 
     name: str
     device_type: str  # cpu | cuda
@@ -78,22 +78,22 @@ class Place:
     usable: float
 
     def peak(self, memory: Memory) -> float:
-        """The most that will be in use there."""
+        """The most bytes that will be in use on this device."""
         return memory.peak(self.device_type, self.in_use)
 
     def fits(self, memory: Memory) -> bool:
-        """Whether that is usable."""
+        """Whether the peak is within the usable bytes."""
         return self.peak(memory) <= self.usable
 
 
 def plan(config: TrainConfig, card: str | None) -> None:
-    """Print what a run of these settings needs. Raises ConfigError, DataError or ModelError for what it cannot read."""
+    """Print the memory that a run with these settings needs. Raises ConfigError, DataError or ModelError."""
     if config.base_bits:
         raise ConfigError(
-            f"plan cannot predict a base in {config.base_bits} bits: --load_in_{config.base_bits}bit false."
+            f"plan cannot predict a base in {config.base_bits} bits; give --load_in_{config.base_bits}bit false."
         )
     if config.fsdp:
-        raise ConfigError("plan predicts one device, and fsdp has several: leave that key out; see docs/scaling.md.")
+        raise ConfigError("plan predicts one device, and --fsdp uses several; leave out --fsdp, see docs/scaling.md.")
     place = here(config) if card is None else on_card(config, card)
     base_folder = find_base(config.model, config.adapter)
     sets, about_rows = rows_of(config)
@@ -106,15 +106,15 @@ def plan(config: TrainConfig, card: str | None) -> None:
     choice = fitting_cut(setup, dataset, schedule, asked, most, place.usable - place.in_use)
     assert choice.memory is not None, "a prediction that fails is an error here"
     setup = dataclasses.replace(setup, checkpointing=choice.checkpointing)
-    if place.device_type == "cpu":  # what reading and counting have brought into memory, a run brings too
+    if place.device_type == "cpu":  # a run loads the same as reading and counting
         place = dataclasses.replace(place, in_use=memory_bytes(torch.device("cpu")))
 
     batch = largest_batch(setup, dataset, schedule, choice.max_tokens)
     dtype = str(place.dtype).removeprefix("torch.")
     say("model", f"{config.model}: {num_layers(base_folder)} layers, matrix products in {dtype}")
     say("rows", about_rows)
-    cut = f"micro-batches of up to {choice.max_tokens:,} tokens" if config.packing else "one example a micro-batch"
-    say("setting", f"method {config.method}, {cut}")
+    size = f"micro-batches of up to {choice.max_tokens:,} tokens" if config.packing else "one example a micro-batch"
+    say("setting", f"method {config.method}, {size}")
     count, num_tokens = len(batch.layout.lengths), batch.input_ids.numel() - batch.layout.padding
     say("", f"the largest has {num_tokens:,} tokens of {count:,} example{'s' * (count != 1)}")
     if choice.checkpointing:
@@ -129,27 +129,27 @@ def plan(config: TrainConfig, card: str | None) -> None:
 
 
 def here(config: TrainConfig) -> Place:
-    """The device of the settings, as it is now."""
+    """The device that the settings choose, with its memory use now."""
     device = pick_device(config.device)
     in_use = memory_bytes(device)
-    name = device_name(device) + (": predicted as for any card, not measured" if device.type == "cuda" else "")
+    name = device_name(device) + (": a prediction, not a measurement" if device.type == "cuda" else "")
     usable = in_use + free_bytes(device) * USABLE
     return Place(name, device.type, pick_dtype(config.dtype, device), in_use, usable)
 
 
 def on_card(config: TrainConfig, card: str) -> Place:
-    """A card by its name or its GiB. Raises ConfigError."""
+    """The card with this name or this memory in GiB. Raises ConfigError."""
     name, size = find_card(card)
     sizes = CARDS_GIB.get(name, ())
     others = "".join(f"; with {other}: --card '{name} {other}GB'" for other in sizes if size == sizes[0] != other)
-    shown = f"{name} ({size:g} GiB{others})" if name else f"a card of {size:g} GiB"
+    title = f"{name} ({size:g} GiB{others})" if name else f"a card of {size:g} GiB"
     without_bf16 = config.dtype == "auto" and name in WITHOUT_BF16
     dtype = torch.float32 if without_bf16 or config.dtype == "float32" else torch.bfloat16
-    return Place(f"{shown}: not measured", "cuda", dtype, 0.0, size * 2**30 * USABLE)
+    return Place(f"{title}: not measured", "cuda", dtype, 0.0, size * 2**30 * USABLE)
 
 
 def find_card(card: str) -> tuple[str, float]:
-    """(the name in CARDS_GIB or nothing, GiB) of what a user or a driver calls a card. Raises ConfigError."""
+    """(name in CARDS_GIB or "", GiB) of a card, by the name that a user or a driver gives it. Raises ConfigError."""
     names = {card_key(name): name for name in CARDS_GIB}
     names |= {re.sub("^[gr]tx", "", key): name for key, name in names.items()}
     if name := names.get(card_key(card)):
@@ -163,8 +163,8 @@ def find_card(card: str) -> tuple[str, float]:
             return name, number
         if name:
             possible = " or ".join(map(str, CARDS_GIB[name]))
-            alone = f"For another size, give the number of GiB alone: --card {number:g}."
-            raise ConfigError(f"{unknown} {name} has {possible} GiB. {alone}")
+            advice = f"For another size, give only the number of GiB: --card {number:g}."
+            raise ConfigError(f"{unknown} {name} has {possible} GiB. {advice}")
         if not rest.strip() and GIB_RANGE[0] <= number <= GIB_RANGE[1]:
             return "", number
     raise ConfigError(
@@ -174,14 +174,14 @@ def find_card(card: str) -> tuple[str, float]:
 
 
 def card_key(name: str) -> str:
-    """The letters and digits that tell one card from another."""
-    name = re.sub(rf"\b({NOT_OF_THE_NAME})\b", " ", name.lower())
+    """The letters and digits that distinguish a card from the others."""
+    name = re.sub(rf"\b({WORDS_AROUND_THE_NAME})\b", " ", name.lower())
     name = re.sub(r"mobile|notebook|max-q", "laptop", name)
     return "".join(filter(str.isalnum, name))
 
 
 def rows_of(config: TrainConfig) -> tuple[Sets, str]:
-    """(the rows that would be trained on, a description); where there is no train_file, as long as they may be."""
+    """(training rows, their description). If a train_file is missing, all rows have the maximum length."""
     base_folder = find_base(config.model, config.adapter)
     longest = longest_allowed(config, base_folder, [])
     if missing := [path for path in config.train_files if not os.path.lexists(os.path.expanduser(path))]:
@@ -189,52 +189,52 @@ def rows_of(config: TrainConfig) -> tuple[Sets, str]:
         supervised = np.tile(np.arange(longest) >= longest // 2, count)
         ids, lengths = np.zeros(count * longest, np.int32), np.full(count, longest)
         dataset = of_file(missing[0], make_columns(ids, supervised, lengths, np.arange(count)))
-        text = f"there is no {missing[0]}: all are taken to have {longest:,} tokens, half supervised"
+        text = f"there is no {missing[0]}: every row is assumed to have {longest:,} tokens, half of them supervised"
         return Sets(dataset, None, (), []), text
     read = read_sources(dataclasses.replace(config, eval_file=None, eval_samples=0, early_stopping_patience=0))
     sets = make_sets(config, read, ChatMarkup(load_tokenizer(base_folder)), longest)
     lengths = sets.train.lengths
     return sets, (
-        f"{', '.join(config.train_files)}: {len(sets.train):,}, of "
-        f"{int(np.percentile(lengths, 50, method='higher')):,} tokens in the middle and {int(lengths.max()):,} at most"
+        f"{', '.join(config.train_files)}: {len(sets.train):,}; tokens per row: median "
+        f"{int(np.percentile(lengths, 50, method='higher')):,}, maximum {int(lengths.max()):,}"
     )
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Memory over token budgets, for each variant."""
+    """The predicted memory for each token budget and variant."""
 
-    tokens: tuple[int, ...]  # of the largest micro-batch, in the order of BUDGETS; as many as a step has
+    tokens: tuple[int, ...]  # of the largest micro-batch at each of BUDGETS; ends at a whole step
     memories: dict[Variant, tuple[Memory, ...]]
 
     def cells(self, variant: Variant) -> Iterator[tuple[int, Memory]]:
-        """(budget, memory) of a variant, the smallest budget first."""
+        """(budget, memory) of a variant, in increasing order of budgets."""
         return zip(BUDGETS, self.memories[variant], strict=False)
 
 
 def grid(setup: Setup, dataset: Dataset, schedule: Schedule) -> Grid:
-    """Counted at two sizes and drawn out along the line through both; rows of COUNTED_LENGTH, all supervised."""
+    """Predict the grid: count two sizes with supervised rows of COUNTED_LENGTH, then extrapolate linearly."""
     lengths = dataset.lengths
     longest = int(lengths.max()) - 1
     steps = range(min(schedule.num_steps, schedule.steps_per_epoch))
-    in_a_step = max(int(lengths[schedule.examples_of(step)].sum()) for step in steps)
-    tokens = [min(max(budget, longest), in_a_step) for budget in BUDGETS]
-    tokens = tokens[: tokens.index(in_a_step) + 1] if in_a_step in tokens else tokens
+    step_tokens = max(int(lengths[schedule.examples_of(step)].sum()) for step in steps)
+    tokens = [min(max(budget, longest), step_tokens) for budget in BUDGETS]
+    tokens = tokens[: tokens.index(step_tokens) + 1] if step_tokens in tokens else tokens
 
-    at = COUNTED_TOKENS[setup.device_type]
+    sizes = COUNTED_TOKENS[setup.device_type]
     ids = np.zeros(COUNTED_LENGTH + 1, np.int32)
-    batches = [collate([Example(ids, ids)] * (size // COUNTED_LENGTH)) for size in at]
+    batches = [collate([Example(ids, ids)] * (size // COUNTED_LENGTH)) for size in sizes]
     memories = {}
     for method, checkpointing in VARIANTS:
         config = with_method(setup.config, method)
         variant = dataclasses.replace(setup, config=config, checkpointing=checkpointing)
         points = (predict(variant, batches[0]), predict(variant, batches[1]))
-        memories[method, checkpointing] = tuple(along(points, at, number) for number in tokens)
+        memories[method, checkpointing] = tuple(along(points, sizes, number) for number in tokens)
     return Grid(tuple(tokens), memories)
 
 
 def parts_table(memory: Memory, method: str, place: Place) -> str:
-    """Markdown: each part of the memory of a run."""
+    """A Markdown table of each part of the memory of a run."""
     lora = method == "lora"
     parts = {
         "interpreter, libraries, rows (in use now)": place.in_use,
@@ -243,27 +243,27 @@ def parts_table(memory: Memory, method: str, place: Place) -> str:
         "gradients": memory.gradients,
         "AdamW's moments": memory.optimizer,
         "activations kept for the backward pass": memory.saved,
-        "peak of a micro-batch beyond them (logits, what is computed on)": memory.beyond,
+        "further memory at the peak of a micro-batch (logits, intermediate tensors)": memory.beyond,
     }
-    parts["kernels' code and the heap's holes (measured share)"] = place.peak(memory) - sum(parts.values())
+    parts["code of the kernels and heap fragmentation (measured share)"] = place.peak(memory) - sum(parts.values())
     rows = [(name, gib(size)) for name, size in parts.items() if size >= 1]
     return markdown([("part", "memory"), *rows, ("**peak**", f"**{gib(place.peak(memory))}**")])
 
 
 def settings_table(cells: Grid, place: Place) -> str:
-    """Markdown: the peak over budgets and variants; what does not fit is in brackets."""
+    """A Markdown table of the peak for each budget and variant; a peak that does not fit is in brackets."""
     names = [method + ", checkpointing" * checkpointing for method, checkpointing in VARIANTS]
     rows = [("micro-batch of up to", *names)]
     for number, tokens in enumerate(cells.tokens):
         peaks = [cells.memories[variant][number] for variant in VARIANTS]
         shown = [gib(place.peak(memory)) if place.fits(memory) else f"({gib(place.peak(memory))})" for memory in peaks]
-        more = f" ({tokens:,} are a whole step)" if tokens < BUDGETS[number] else ""
+        more = f" ({tokens:,} make a whole step)" if tokens < BUDGETS[number] else ""
         rows.append((f"{BUDGETS[number]:,} tokens{more}", *shown))
-    return f"{markdown(rows)}\n\nIn brackets: does not fit."
+    return f"{markdown(rows)}\n\nA value in brackets does not fit."
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns stand below each other in a terminal, too: text at the left, the numbers at the right."""
+    """A Markdown table with padded cells, so that it is also aligned in a terminal: text left, numbers right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = [f":{'-' * (widths[0] - 1)}", *(f"{'-' * (width - 1)}:" for width in widths[1:])]
     padded = [
@@ -274,7 +274,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def verdict(memory: Memory, variant: Variant, max_tokens: int, cells: Grid, place: Place) -> str:
-    """Whether the setting fits, and if not, the cheapest change that does."""
+    """Say whether the setting fits, and if not, which is the cheapest change that makes it fit."""
     need = f"{gib(place.peak(memory))} of {gib(place.usable)}"
     if place.fits(memory):
         return f"it fits: {need}"
@@ -288,5 +288,5 @@ def verdict(memory: Memory, variant: Variant, max_tokens: int, cells: Grid, plac
             flags += " --gradient_checkpointing" * (other[1] and not checkpointing) + " --method lora" * (
                 other[0] != method
             )
-            return f"it does not fit: {need}. The cheapest change that does: {flags}"
-    return f"it does not fit: {need}. Nothing in the table does: a shorter --max_length, or a smaller --model"
+            return f"it does not fit: {need}. The cheapest change that fits: {flags}"
+    return f"it does not fit: {need}. No setting in the table fits: give a shorter --max_length or a smaller --model"

@@ -1,4 +1,4 @@
-"""`minilora preview`: rows as the model will see them, and what a file of them holds; no weights are loaded."""
+"""`minilora preview` shows rows as the model will see them, and statistics of their file. No weights are loaded."""
 
 import re
 from collections import Counter
@@ -26,7 +26,7 @@ from minilora.utils.html import Html, bar, colour, page, section, table, tag
 from minilora.utils.terminal import say, style
 
 MAX_BINS, BAR_COLUMNS, LINES_NAMED = 12, 40, 5
-NO_LIMIT = MAX_LINE_BYTES  # tokens: a line has no more bytes, and a token at least one
+NO_LIMIT = MAX_LINE_BYTES  # tokens; a line has at most so many bytes, and a token has at least one byte
 WIDTHS = tuple(step * power for power in (1, 10**3, 10**6) for step in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500))
 
 
@@ -34,54 +34,54 @@ WIDTHS = tuple(step * power for power in (1, 10**3, 10**6) for step in (1, 2, 5,
 class Shown:
     """A row as the model will see it.
 
-    pieces: (kind, text), neighbours of one kind together; kinds: learned, read, control (markup, read too), cut
-    tokens: (text, id) of each token, those that are cut included
+    pieces: (kind, text), one for neighbouring tokens of a kind; kinds: learned, read, control (markup, also read), cut
+    tokens: (text, id) of each token, including the tokens that are cut off
     """
 
     line: int
-    kept: int  # tokens that the model gets; 0: the row is dropped
-    learned: int  # of these
-    fate: str  # what becomes of a row that is not taken as it is
+    kept: int  # tokens that the model gets; 0 if the row is dropped
+    learned: int  # supervised tokens among them
+    fate: str  # why the row is dropped or cut; empty if it is kept unchanged
     pieces: list[tuple[str, str]]
     tokens: list[tuple[str, int]]
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a file holds. Lists are line numbers; lengths are tokens of a row before anything is cut."""
+    """The statistics of a file. Lists hold line numbers; a length is the tokens of a row before it is cut."""
 
     file: str
     format: str
     rows: int
     bad: tuple[str, ...]  # "file:line: reason"
-    unread: Counter[str]  # rows that have a field which no format reads
-    dropped: dict[str, list[int]]  # by reason
+    unread: Counter[str]  # field that no format reads -> rows that have it
+    dropped: dict[str, list[int]]  # reason -> lines
     kept: int
     truncated: list[int]
     lengths: dict[str, float]  # min, median, mean, p95, max
     bins: list[tuple[int, int, int]]  # (shortest, longest, rows) of a histogram
     max_length: int
-    tokens: int  # of the rows kept, after cutting
+    tokens: int  # of the kept rows, after they were cut
     supervised_tokens: int
-    not_ended: list[int]  # rows kept whose last supervised token is not the end token
-    copies: list[tuple[int, int]]  # (line, the earlier line that it repeats)
-    contradictions: list[tuple[int, int]]  # (line, an earlier line with the same prompt and another answer)
-    spelled: list[int]  # rows whose text spells a control token, which stays text
+    not_ended: list[int]  # kept rows whose last supervised token is not the end token
+    copies: list[tuple[int, int]]  # (line, earlier line with the same text)
+    contradictions: list[tuple[int, int]]  # (line, earlier line with the same prompt and another answer)
+    spelled: list[int]  # rows whose text spells a control token; it stays ordinary text
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Some rows as the model will see them, and the statistics of all."""
+    """Some rows as the model will see them, and the statistics of all rows."""
 
     rows: list[Shown]
-    asked: int  # how many were to be shown
+    asked: int  # number of rows that were requested
     statistics: Statistics
     notes: list[str]
 
 
 @dataclass(frozen=True)
 class Material:
-    """A file as it was read: its examples without a limit of length, and those that a run takes."""
+    """A file that was read: its examples without a length limit, and the examples that a run takes."""
 
     config: TrainConfig
     rows: list[Row]
@@ -93,25 +93,25 @@ class Material:
     dataset: Dataset
 
     def why_dropped(self, length: int) -> str:
-        """Why a row of so many tokens is not among those that a run takes."""
+        """The reason why a run does not take a row of this many tokens."""
         if self.config.overlong == "drop" and length > self.max_length:
             return f"longer than max_length {self.max_length:,}"
         return f"nothing to learn is left within max_length {self.max_length:,}"
 
 
 def preview(path: str, config: TrainConfig, num_rows: int, from_line: int) -> Preview:
-    """Look through a file by the settings of a run. What training would refuse is refused with the same words.
+    """Read a file with the settings of a run. It raises the errors that training would raise.
 
-    Only bad rows are not: they are left out and counted, so that the rest can be seen.
+    Bad rows are the exception: they are left out and counted, so that the other rows can be shown.
     """
     notes: list[str] = []
     material = read(path, config, notes)
-    seen = [row for row in material.rows if row.line >= from_line][:num_rows]
-    return Preview([shown(material, row.line) for row in seen], num_rows, statistics(material), notes)
+    selected = [row for row in material.rows if row.line >= from_line][:num_rows]
+    return Preview([shown(material, row.line) for row in selected], num_rows, statistics(material), notes)
 
 
 def read(path: str, config: TrainConfig, notes: list[str]) -> Material:
-    """Everything that is looked at; `notes` tells where the model limits max_length."""
+    """Read and tokenise a file. A note is added to `notes` where the model limits max_length."""
     rows, reading = read_rows(path, "skip")
     base_folder = find_base(config.model, config.adapter)
     tokenizer = load_tokenizer(base_folder)
@@ -124,7 +124,7 @@ def read(path: str, config: TrainConfig, notes: list[str]) -> Material:
 
 
 def shown(material: Material, line: int) -> Shown:
-    """The row of a line."""
+    """The row of a line, as the model will see it."""
     tokenizer = material.tokenizer
     ids, supervised = of_line(material.whole, line)
     kept = len(of_line(material.dataset, line)[0])
@@ -148,7 +148,7 @@ def shown(material: Material, line: int) -> Shown:
 
 
 def of_line(dataset: Dataset, line: int) -> tuple[list[int], list[bool]]:
-    """(ids, supervised) of the example from that line; empty where there is none."""
+    """(ids, supervised) of the example from that line; empty if the line has none."""
     for place in np.flatnonzero(dataset.lines == line):
         example = dataset[place]
         return example.input_ids.tolist(), (example.labels != IGNORE).tolist()
@@ -159,7 +159,7 @@ def of_line(dataset: Dataset, line: int) -> tuple[list[int], list[bool]]:
 
 
 def statistics(material: Material) -> Statistics:
-    """Count what a file holds."""
+    """Compute the statistics of a file."""
     whole, dataset = material.whole, material.dataset
     lengths, kept = whole.lengths, np.isin(whole.lines, dataset.lines)
     dropped: dict[str, list[int]] = {}
@@ -167,7 +167,7 @@ def statistics(material: Material) -> Statistics:
         dropped.setdefault(material.why_dropped(length), []).append(line)
     copies, contradictions = repeats(material.rows)
     tokens = material.tokenizer.added_tokens_decoder.values()
-    spelling = re.compile("|".join(re.escape(token.content) for token in tokens))
+    control_token = re.compile("|".join(re.escape(token.content) for token in tokens))
     return Statistics(
         file=material.report.file,
         format=material.report.format,
@@ -191,18 +191,18 @@ def statistics(material: Material) -> Statistics:
         not_ended=dataset.lines[~ended(dataset, material.markup)].tolist(),
         copies=copies,
         contradictions=contradictions,
-        spelled=[row.line for row in material.rows if any(map(spelling.search, material.markup.texts(row.turns)))],
+        spelled=[row.line for row in material.rows if any(map(control_token.search, material.markup.texts(row.turns)))],
     )
 
 
 def ended(dataset: Dataset, markup: ChatMarkup) -> np.ndarray:
-    """Whether the last token of each example, but for a line's end behind it, is the end token and learned. (rows,)"""
-    labels = (example.labels for example in dataset)  # an example ends with a token that is learned, and has two
+    """Whether each example ends with a supervised end token; a line end after it is allowed. (rows,)"""
+    labels = (example.labels for example in dataset)  # each has at least two tokens, and the last one is supervised
     return np.array([each[-2] if each[-1] in markup.newline else each[-1] for each in labels]) == markup.end
 
 
 def repeats(rows: Iterable[Row]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """((line, earlier line that says the same), (line, earlier line that answers the same prompt otherwise))."""
+    """Two lists of (line, earlier line): rows with the same text, and rows with the same prompt but another answer."""
     copies, contradictions = [], []
     first: dict[Any, int] = {}
     first_of_prompt: dict[Any, int] = {}
@@ -218,7 +218,7 @@ def repeats(rows: Iterable[Row]) -> tuple[list[tuple[int, int]], list[tuple[int,
 
 
 def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
-    """(shortest, longest, rows) of at most MAX_BINS bins of a round width; the last takes the few that are far out."""
+    """(shortest, longest, rows) of at most MAX_BINS bins of a round width; the last bin also takes the outliers."""
     low, most = int(lengths.min()), int(np.percentile(lengths, 99, method="higher"))
     width = next(width for width in WIDTHS if most // width - low // width < MAX_BINS)
     first, last = low // width, most // width
@@ -228,7 +228,7 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
     return bins
 
 
-# ---------------------------------------------------------------------------------------- what is said
+# ---------------------------------------------------------------------------------------- the output
 
 
 def show(found: Preview) -> None:
@@ -236,13 +236,13 @@ def show(found: Preview) -> None:
     for note in found.notes:
         say("note", note)
     plain = style("x", "32") == "x"
-    how = "stands between ⟦ ⟧" if plain else f"is {style('green', '32')}, markup {style('cyan', '36')}"
-    say("preview", f"what is learned {how}; the rest is only read")
+    marking = "stands between ⟦ ⟧" if plain else f"is {style('green', '32')}, markup {style('cyan', '36')}"
+    say("preview", f"supervised text {marking}; the model only reads the other text")
     for row in found.rows:
         say(f"line {row.line}", in_words(row))
         print(as_text(row), end="\n\n", flush=True)
     if found.asked and not found.rows:
-        say("", "there is no row from that line on")
+        say("", "there is no row at or after that line")
     for label, text in facts(found.statistics):
         say(label, visible(text))
     largest = max(count for _, _, count in found.statistics.bins)
@@ -253,18 +253,18 @@ def show(found: Preview) -> None:
 
 
 def in_words(row: Shown) -> str:
-    """A row's tokens, and what becomes of it."""
+    """The number of tokens of a row, and why it is dropped or cut."""
     return f"{row.kept:,} tokens, {row.learned:,} of them learned" + (f"; {row.fate}" if row.fate else "")
 
 
 def as_text(row: Shown) -> str:
-    """A row for the terminal; without colour what is learned stands in brackets."""
+    """A row as text for the terminal; without colours, the supervised text stands between brackets."""
     text = ""
     for kind, part in row.pieces:
         if kind == "cut":
             text += style(f" ✂ {row.fate}", "33")
             break
-        lines = [visible(line) for line in part.split("\n")]  # a row may hold codes that steer the terminal
+        lines = [visible(line) for line in part.split("\n")]  # a row may hold terminal control codes
         code = {"learned": "32", "control": "36", "read": ""}[kind]
         coloured = "\n".join(style(line, code) if code and line else line for line in lines)
         text += f"⟦{coloured}⟧" if kind == "learned" and coloured == "\n".join(lines) else coloured
@@ -272,34 +272,34 @@ def as_text(row: Shown) -> str:
 
 
 def facts(found: Statistics) -> Iterator[tuple[str, str]]:
-    """(label, text) of each thing that is to be known of a file."""
+    """(label, text) of each line of the statistics."""
     yield "file", f"{found.file}: {found.rows:,} rows of {found.format}, {found.kept:,} kept"
     for line in found.bad[:LINES_NAMED]:
         yield "  bad", line
     if found.bad:
-        yield "  bad", f"{len(found.bad):,} in all: without --on_bad_rows skip training refuses the file"
+        yield "  bad", f"{len(found.bad):,} in total; training refuses the file unless --on_bad_rows is skip"
     if found.unread:
         yield "  unread", f"fields not read: {rows_by_name(found.unread)}"
     for why, lines in found.dropped.items():
         yield "  dropped", f"{_rows(lines)}: {why}"
     lengths = " / ".join(f"{found.lengths[key]:,}" for key in ("min", "median", "mean", "p95", "max"))
-    yield "tokens", f"a row, min / median / mean / p95 / max: {lengths}"
+    yield "tokens", f"per row, min / median / mean / p95 / max: {lengths}"
     if found.truncated:
-        yield "  cut", f"{_rows(found.truncated)}, to max_length {found.max_length:,}"
+        yield "  cut", f"{_rows(found.truncated)} to max_length {found.max_length:,}"
     share = 100 * found.supervised_tokens / found.tokens
     yield "learned", f"{found.supervised_tokens:,} of {found.tokens:,} tokens, {share:.0f} %"
-    never = f"; not {_rows(found.not_ended)}: there the model learns no end" if found.not_ended else ""
+    never = f"; {_rows(found.not_ended)} without it do not teach the model to stop" if found.not_ended else ""
     yield (
         "end token",
         f"{found.kept - len(found.not_ended):,} of {found.kept:,} rows end with a learned end token{never}",
     )
     copies = [line for line, _ in found.copies]
-    yield "duplicates", f"{_rows(copies)}, the same as an earlier one: {_pairs(found.copies)}" if copies else "none"
+    yield "duplicates", f"{_rows(copies)} with the text of an earlier row: {_pairs(found.copies)}" if copies else "none"
     if found.contradictions:
         lines = [line for line, _ in found.contradictions]
-        yield "", f"{_rows(lines)}, another answer to an earlier row's prompt: {_pairs(found.contradictions)}"
+        yield "", f"{_rows(lines)} with the prompt of an earlier row and another answer: {_pairs(found.contradictions)}"
     if found.spelled:
-        yield "markup", f"{_rows(found.spelled)}, text that spells a control token; it stays text"
+        yield "markup", f"{_rows(found.spelled)} with text that spells a control token; it stays ordinary text"
 
 
 def _rows(lines: Sequence[int]) -> str:
@@ -313,7 +313,7 @@ def _pairs(pairs: Sequence[tuple[int, int]]) -> str:
 
 
 def save_page(found: Preview, path: Path) -> None:
-    """The preview as a page."""
+    """Write the preview as an HTML page."""
     files.replace_file(path, [as_page(found).encode()])
 
 
@@ -328,7 +328,7 @@ def as_page(found: Preview) -> Html:
     kinds = (("mark", "learned", ""), ("span", "only read", ""), ("span", "markup", "control"), ("span", "cut", "cut"))
     legend = tag("p", *(tag("span", tag(name, text, class_=kind), " ") for name, text, kind in kinds))
     beyond = tag("span", "■ ", class_=colour(1)), f"all beyond max_length {stats.max_length:,}"
-    head = ("tokens a row", "rows", tag("span", *beyond) if stats.bins[-1][0] > stats.max_length else "")
+    head = ("tokens per row", "rows", tag("span", *beyond) if stats.bins[-1][0] > stats.max_length else "")
     return page(
         f"Rows of {stats.file}",
         *(tag("p", note) for note in found.notes),

@@ -1,7 +1,8 @@
 """`minilora tune` is a short search for the learning rate on the user's rows. It prints a table and a suggestion.
 
-Every rate gets the same short run: from the same A, over the same rows in the same order, with the same dropout, judged
-on the same held-out rows. The base is loaded once; between two rates what is trained is put back.
+Each rate is tried in a short run with the same initial A, the same rows in the same order and the same dropout. All
+rates are compared by the loss on the same held-out rows. The base is loaded once. Before each rate, the trainable
+parameters get their initial values back.
 """
 
 import dataclasses
@@ -28,36 +29,36 @@ from minilora.training.signals import StopRequest
 from minilora.utils.process import settings_of_a_run
 from minilora.utils.terminal import say
 
-GRID = {"lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "full": (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)}  # the middle one comes first
-NEARLY = 0.9  # of the best gain: the rest may be noise, and the lower rate is the safer one in a longer run
+GRID = {"lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "full": (1e-6, 3e-6, 1e-5, 3e-5, 1e-4)}  # the middle one is first
+NEARLY = 0.9  # of the best gain; the rest may be noise, and a lower rate is safer in a longer run
 
 
 @dataclass(frozen=True)
 class Search:
-    """What each rate is tried on. rates: all of these; none: from the middle of GRID to where the loss is lowest."""
+    """The settings of the search. rates: the rates to try; empty: a descent over GRID to the lowest loss."""
 
     rates: tuple[float, ...]
     steps: int
-    rows: int  # of a step
-    held_out: int
+    rows: int  # per step
+    held_out: int  # rows
 
     def __post_init__(self) -> None:
         if min(self.steps, self.rows, self.held_out) < 1:
             raise ConfigError("--steps, --rows and --held_out must be at least 1")
         if not all(0 < rate < math.inf for rate in self.rates):
-            raise ConfigError(f"--rates {' '.join(map(str, self.rates))}: a rate is a number above 0")
+            raise ConfigError(f"--rates {' '.join(map(str, self.rates))}: a rate must be a finite number above 0")
 
 
 def tune(config: TrainConfig, search: Search) -> float | None:
-    """Try rates on a few rows, print a table; returns the suggested rate, None where no rate lowered the loss.
+    """Try rates on a few rows and print a table. Returns the suggested rate, or None if no rate lowered the loss.
 
-    Raises what `run.prepare` raises, DataError when there are too few rows.
+    Raises what `setup.prepare` raises, and DataError if there are too few rows.
     """
     losses: dict[float, float] = {}
     with settings_of_a_run(), StopRequest() as stop, ExitStack() as held:
         folder = held.enter_context(TemporaryDirectory(prefix="minilora-tune-"))
         run = prepare(short_run(config, search, Path(folder) / "run"), stop, held, header=False)
-        with stop.interruptible():  # nothing can be lost
+        with stop.interruptible():  # no state can be lost
             rows = held_out_rows(run, search)
             start = {name: param.detach().clone() for name, param in trainable(run.model).items()}
             before = evaluate(run, rows)
@@ -75,7 +76,7 @@ def tune(config: TrainConfig, search: Search) -> float | None:
                     loss_at(rate)
             else:
                 if config.learning_rate:
-                    loss_at(config.learning_rate)  # what the run would take as it is
+                    loss_at(config.learning_rate)  # the rate that the run would use
                 descend(sorted({*GRID[config.method], *losses}), GRID[config.method][2], loss_at)
     suggested = suggestion(before, losses)
     _advice(search, suggested)
@@ -83,15 +84,15 @@ def tune(config: TrainConfig, search: Search) -> float | None:
 
 
 def descend(grid: Sequence[float], first: float, loss_at: Callable[[float], float]) -> None:
-    """From a rate of the grid up, or else down, as long as the loss falls: over the rate it has one valley."""
+    """From a rate of the grid go up, or else down, while the loss falls; the loss has one minimum over the rate."""
     best = grid.index(first)
-    for step in (1, -1):  # a lower rate is tried only where a higher one was not better
+    for step in (1, -1):  # lower rates are tried only if a higher rate was not better
         while 0 <= best + step < len(grid) and loss_at(grid[best]) > loss_at(grid[best + step]):
             best += step
 
 
 def short_run(config: TrainConfig, search: Search, folder: Path) -> TrainConfig:
-    """The settings of the short runs: those of the run itself but for its length, at a rate that stays."""
+    """The settings of the short runs: those of the run with fewer steps and a constant learning rate."""
     return dataclasses.replace(
         config,
         output_dir=str(folder),
@@ -99,7 +100,7 @@ def short_run(config: TrainConfig, search: Search, folder: Path) -> TrainConfig:
         per_device_train_batch_size=search.rows,
         gradient_accumulation_steps=1,
         max_steps=search.steps,
-        train_weights=(),  # each row once, so that those of the end are held out
+        train_weights=(),  # each row is taken once, so that the last rows are held out
         eval_samples=0,
         report_to="none",
         lr_scheduler_type="constant",
@@ -108,22 +109,22 @@ def short_run(config: TrainConfig, search: Search, folder: Path) -> TrainConfig:
 
 
 def held_out_rows(run: Run, search: Search) -> Dataset:
-    """Rows to judge by: of the evaluation set, or of those that the short run does not come to."""
+    """The rows of the comparison: from the evaluation set, or rows that the short runs do not train on."""
     rng = np.random.default_rng(run.config.seed)
     if run.data.eval is not None:
         return run.data.eval.subset(rng.permutation(len(run.data.eval))[: search.held_out])
-    learnt = np.concatenate([run.schedule.examples_of(step) for step in range(search.steps)])
-    others = np.setdiff1d(np.arange(len(run.data.train)), learnt)
+    trained = np.concatenate([run.schedule.examples_of(step) for step in range(search.steps)])
+    others = np.setdiff1d(np.arange(len(run.data.train)), trained)
     if len(others) < search.held_out:
         raise DataError(
-            f"{', '.join(run.config.train_files)}: {len(run.data.train):,} rows do not make {search.steps} steps of "
-            f"{search.rows} rows and {search.held_out} held-out ones: give smaller --steps, --rows or --held_out"
+            f"{', '.join(run.config.train_files)}: {len(run.data.train):,} rows are too few for {search.steps} steps of "
+            f"{search.rows} rows and {search.held_out} held-out rows: give smaller --steps, --rows or --held_out"
         )
     return run.data.train.subset(rng.permutation(others)[: search.held_out])
 
 
 def loss_after(run: Run, rate: float, start: dict[str, Tensor], rows: Dataset) -> float:
-    """The held-out loss after a short run at this rate, from `start`."""
+    """The held-out loss after a short run at this rate from the parameters `start`; infinite if the run diverged."""
     with torch.no_grad():
         for name, param in trainable(run.model).items():
             param.copy_(start[name])
@@ -140,7 +141,7 @@ def loss_after(run: Run, rate: float, start: dict[str, Tensor], rows: Dataset) -
 
 
 def suggestion(before: float, losses: Mapping[float, float]) -> float | None:
-    """The lowest rate with nearly the gain of the best one; None where none lowered the loss."""
+    """The lowest rate with at least NEARLY times the best gain; None if no rate lowered the loss."""
     best = before - min(losses.values())
     return min(rate for rate, loss in losses.items() if before - loss >= NEARLY * best) if best > 0 else None
 
@@ -151,16 +152,16 @@ def _head(run: Run, search: Search, held_out: int, before: float) -> None:
     say("model", f"{config.model}, {in_words(config)}")
     say(
         "each rate",
-        f"{search.steps} steps of {min(search.rows, len(run.data.train)):,} rows of {trained_on}, beginning anew",
+        f"{search.steps} steps of {min(search.rows, len(run.data.train)):,} rows of {trained_on}, all from one start",
     )
-    say("judged by", f"{held_out} other rows of {config.eval_file or trained_on}")
+    say("measured on", f"{held_out} other rows of {config.eval_file or trained_on}")
     print(f"\n{'learning rate':>14}  {'held-out loss':>13}\n{'(before)':>14}  {before:>13.4f}", flush=True)
 
 
 def _advice(search: Search, rate: float | None) -> None:
     print()
     if rate is None:
-        say("suggested", f"none of these: no rate lowered the loss in {search.steps} steps. Try lower --rates")
+        say("suggested", f"none: no rate lowered the loss in {search.steps} steps. Try lower --rates")
         return
     say("suggested", f"--learning_rate {rate:g}")
-    say("", "found in a few steps: in a run of many epochs keep an eye on the held-out loss (early_stopping_patience)")
+    say("", "This search took few steps. In a run of many epochs, watch the held-out loss (early_stopping_patience)")

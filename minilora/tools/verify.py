@@ -1,4 +1,4 @@
-"""Checks that an adapter is whole, finite, of its base, and the same function when merged."""
+"""`minilora verify` checks that an adapter is complete, finite, of its base, and equivalent when merged."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,24 +17,24 @@ TOLERANCE = 1e-4  # of the largest logit, in fp32
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `verify` found; same_base is False where the adapter does not say its base's fingerprint. Logits: fp32."""
+    """The result of `verify`. same_base is False if the adapter does not record the fingerprint of its base."""
 
     config: AdapterConfig
     num_layers: int
     same_base: bool
-    largest_effect: float  # of the adapter on a logit of the base
-    max_logit_difference: float  # between base + adapter and the merged weights
+    largest_effect: float  # of the adapter on a logit of the base, in fp32
+    max_logit_difference: float  # between base + adapter and the merged weights, in fp32
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the model answers as its base does: B is zero where an adapter was never trained."""
+        """Whether the adapter has no effect: B of an adapter that was never trained is zero."""
         return self.largest_effect == 0
 
 
 def verify(folder: Path, model_name: str | None = None, device: str = "auto") -> Verdict:
     """Load an adapter strictly and compare its logits with those of the weights W0 + scale * B A, merged in memory.
 
-    Raises AdapterError when it does not fit its base, is not finite, or is not the same function merged.
+    Raises AdapterError if it does not fit its base, is not finite, or gives other logits when merged.
     """
     config = adapter_format.read_config(folder)
     stored = adapter_format.read_metadata(folder).get("base_fingerprint")  # `load` compares it
@@ -42,14 +42,14 @@ def verify(folder: Path, model_name: str | None = None, device: str = "auto") ->
     ids, layers = probe(chat_model.markup, chat_model.system_prompt), lora_layers(chat_model.model)
     with disabled(chat_model.model):
         base = probe_logits(chat_model.model, ids)  # (tokens, vocabulary)
-    apart = probe_logits(chat_model.model, ids)
+    unmerged = probe_logits(chat_model.model, ids)
     with torch.no_grad():
         for layer in layers.values():
             layer.base_layer.weight += layer.delta()
             layer.enabled = False
-    difference = float((probe_logits(chat_model.model, ids) - apart).abs().max())
-    if not difference <= TOLERANCE * max(1.0, float(apart.abs().max())):
+    difference = float((probe_logits(chat_model.model, ids) - unmerged).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(unmerged.abs().max())):
         raise AdapterError(
             f"{folder}: merged into the weights, its logits differ by {difference:.3g} from base + adapter"
         )
-    return Verdict(config, len(layers), stored is not None, float((apart - base).abs().max()), difference)
+    return Verdict(config, len(layers), stored is not None, float((unmerged - base).abs().max()), difference)

@@ -1,4 +1,4 @@
-"""Ends a run: saves its result, loads it from the disk into a fresh base, compares both, and sums the run up."""
+"""The end of a run: the result is saved, reloaded into a fresh base, compared and summarised."""
 
 import dataclasses
 import shlex
@@ -49,13 +49,13 @@ class Summary:
 
 
 def finish(run: Run, stop_reason: str) -> Summary:
-    """Save the result, load it from the disk into a fresh model, compare, ask samples, and write summary.json."""
+    """Save the result, reload it into a fresh base, compare both, answer sample prompts, and write summary.json."""
     result = run.folder / ("adapter" if run.config.method == "lora" else "model")
     save_result(run, result)
     run.saved_result = result
     world = run.world
-    world.run_on_main(lambda: checkpoint.remove_abandoned(run.folder, run.state))  # this state is the run's last
-    with run.stop.interruptible() if world.main else nullcontext():  # the rest only looks at what is saved
+    world.run_on_main(lambda: checkpoint.remove_abandoned(run.folder, run.state))  # this is the last state
+    with run.stop.interruptible() if world.main else nullcontext():  # the rest only reads what is saved
         counts = parameter_counts(run.model)
         reference = _logits_as_saved(run) if world.main or world.sharded else None
         if not world.main:
@@ -66,12 +66,12 @@ def finish(run: Run, stop_reason: str) -> Summary:
 
 
 def _logits_as_saved(run: Run) -> torch.Tensor:
-    """What the trained model makes of the probe, its weights rounded as they are saved. (tokens, vocabulary)"""
+    """The logits of the probe from the trained model, with its weights rounded as saved. (tokens, vocabulary)"""
     ids = probe(run.markup, run.system_prompt)
-    speed_up(run.model)  # without compiled kernels, which round otherwise: a fresh base has none
+    speed_up(run.model)  # uncompiled, as a fresh base is: compiled kernels round in another way
     if run.world.sharded:
         return logits_of_shards(run.model, ids, run.dtype)
-    if run.config.method == "full":  # the rotary buffers stay in fp32, as a loaded model has them
+    if run.config.method == "full":  # but not the rotary buffers, which a loaded model has in fp32
         for param in run.model.parameters():
             param.data = param.data.to(run.dtype)
     return probe_logits(run.model, ids)
@@ -84,12 +84,12 @@ def _verify(
     trained, total = counts
     peak = peak_memory_bytes(run.device)
     ids = probe(run.markup, run.system_prompt)
-    run.release()  # the card may not hold two bases
-    place = torch.device("cpu") if run.world.sharded else run.device  # nor one, where the base is sharded
+    run.release()  # a card may not have memory for two bases
+    place = torch.device("cpu") if run.world.sharded else run.device  # nor for one, if the base is sharded
     base, apply = reload(run.base_folder, result, method, run.dtype, place, run.config.base_bits)
     before = sample_answers(ChatModel(base, run.tokenizer, run.markup, run.system_prompt))
     tuned = apply()
-    assert reference is not None, "the process that writes has one"
+    assert reference is not None, "the process that writes has the reference"
     difference = compare(reference, tuned, ids, result)
     after = sample_answers(ChatModel(tuned, run.tokenizer, run.markup, run.system_prompt))
     summary = Summary(
@@ -124,7 +124,7 @@ def _verify(
 
 
 def _write_page(run: Run) -> None:
-    """Write report.html. The run is done and verified, so an error in the page does not make it a failure."""
+    """Write report.html. The run is already verified, so an error here becomes a note."""
     page = run.folder / report.REPORT
     try:
         report.write([run.folder], page)
@@ -152,25 +152,25 @@ def _report(run: Run, summary: Summary) -> None:
             f"{summary.first_eval_loss:.4f} -> {summary.last_eval_loss:.4f} (best {summary.best_eval_loss:.4f})",
         )
     if run.state.evaluated_step > 0 and not (run.folder / "best").exists():
-        start = "the adapter that the run began with" if run.config.adapter else "the untrained base"
-        say("", f"no evaluation was better than {start}: no best/")
+        start = "the adapter that the run started from" if run.config.adapter else "the untrained base"
+        say("", f"no evaluation was better than {start}: there is no best/")
     predicted = summary.predicted_peak_memory_bytes
-    prediction = f", {gib(predicted)} were predicted" if predicted else ""
+    prediction = f"; the prediction was {gib(predicted)}" if predicted else ""
     say("memory", f"{gib(summary.peak_memory_bytes)} at the peak{prediction}")
     difference = summary.verified_max_logit_difference
     say("verified", f"{result}: loaded from the disk into a fresh base, largest logit difference {difference:.3g}")
-    which = f"--{'adapter' if summary.result == 'adapter' else 'model'} {shlex.quote(str(result))}"
-    say("next", f"python -m minilora chat {which}")
-    say("", f'python -m minilora generate {which} "{SAMPLE_PROMPTS[0]}"')
+    source = f"--{'adapter' if summary.result == 'adapter' else 'model'} {shlex.quote(str(result))}"
+    say("next", f"python -m minilora chat {source}")
+    say("", f'python -m minilora generate {source} "{SAMPLE_PROMPTS[0]}"')
     _report_system_prompt(run)
 
 
 def _report_system_prompt(run: Run) -> None:
-    """The system prompt that the result was trained with, and what another program would put in its place."""
+    """Print the system prompt of the result, and the one that other programs insert instead."""
     prompt, inserted = one_line(run.system_prompt, 400), template_system_prompt(run.tokenizer)
     if prompt:
-        say("system", f"the result keeps the system prompt it was trained with; these commands use it: {prompt!r}")
+        say("system", f"the result keeps its system prompt from training; these commands use it: {prompt!r}")
     else:
         say("system", "the result was trained without a system turn; these commands add none")
     if inserted and inserted != run.system_prompt:
-        say("", f"other programs insert {one_line(inserted)!r} where a request brings no system turn")
+        say("", f"other programs insert {one_line(inserted)!r} if a request has no system turn")

@@ -1,4 +1,4 @@
-"""What a run prints and writes while it trains: progress lines, metrics.jsonl, samples.jsonl, TensorBoard."""
+"""The log of a run: progress lines, metrics.jsonl, samples.jsonl and TensorBoard."""
 
 import itertools
 import json
@@ -26,9 +26,9 @@ APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
 
 
 class RunLog:
-    """Prints progress and appends to metrics.jsonl: one JSON object a line, every step and every evaluation.
+    """Prints progress, and appends one JSON object per step and per evaluation to metrics.jsonl.
 
-    Answers at evaluations go to samples.jsonl, a line each; `board`: curves for TensorBoard, too.
+    The answers at evaluations go to samples.jsonl, one line each. With `board`, curves for TensorBoard are written too.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class RunLog:
         self._started, self._done_before = time.monotonic(), first_step
 
     def step(self, record: dict[str, Any]) -> None:
-        """A training step is done."""
+        """Log a training step."""
         self._write(record)
         line = (
             f"loss {_number(record['loss'], '.4f')}  lr {record['learning_rate']:.2e}  "
@@ -65,14 +65,14 @@ class RunLog:
             print(f"step {step}/{self._num_steps}  epoch {record['epoch']:.2f}  {line}  left {left:.0f} s", flush=True)
 
     def evaluation(self, record: dict[str, Any], best: float | None) -> None:
-        """An evaluation is done; best is that of the evaluations before."""
+        """Log an evaluation; best is the lowest loss of the earlier evaluations."""
         self._write(record)
-        if record["step"] == self._done_before:  # the time of the first evaluation is not the time of steps
+        if record["step"] == self._done_before:  # the time of the first evaluation is not counted as time of steps
             self._started = time.monotonic()
         change = (
             ""
             if best is None or record["eval_loss"] is None
-            else f"  ({record['eval_loss'] - best:+.4f} against the best)"
+            else f"  ({record['eval_loss'] - best:+.4f} from the best)"
         )
         say(
             "evaluation",
@@ -83,7 +83,7 @@ class RunLog:
             self._board.scalars(record["step"], {"eval/loss": record["eval_loss"]})
 
     def samples(self, step: int, asked: Iterable[tuple[Question, str]]) -> None:
-        """Answers of the model as it is after this step."""
+        """Log the answers of the model after this step."""
         lines = []
         for question, answer in asked:
             prompt = question.turns[-1].content
@@ -99,7 +99,7 @@ class RunLog:
                     os.close(descriptor)
 
     def note(self, text: str) -> None:
-        """Something out of the ordinary."""
+        """Print a note about an unusual event."""
         say("note", text)
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -107,7 +107,7 @@ class RunLog:
             os.write(self._descriptor, (json.dumps(record, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
-        """The run is over, or stops here."""
+        """Close the files and the progress bar."""
         self._bar.close()
         os.close(self._descriptor)
         if self._board:
@@ -115,23 +115,23 @@ class RunLog:
 
 
 class NullLog:
-    """The log of a process that neither prints nor writes."""
+    """The log of a process that prints and writes nothing."""
 
     def step(self, record: dict[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def evaluation(self, record: dict[str, Any], best: float | None) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def samples(self, step: int, asked: Iterable[tuple[Question, str]]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _trim(path: Path, step: int) -> None:
-    """Drop the lines after the checkpoint that a resumed run starts from: the run writes these steps itself."""
+    """Delete the lines of later steps than the checkpoint of a resumed run; the run writes them again."""
     if not path.exists():
         return
     kept = []
@@ -140,16 +140,16 @@ def _trim(path: Path, step: int) -> None:
             if json.loads(line)["step"] > step:
                 continue
         except (ValueError, KeyError, TypeError):
-            continue  # a line cut short by a crash
+            continue  # a crash cut this line short
         kept.append(line)
     files.replace_file(path, kept)
 
 
 class Board:
-    """Curves for TensorBoard in a folder, by the package of that name (extra `tensorboard`)."""
+    """Writes curves for TensorBoard to a folder with the package `tensorboard` (an extra)."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """first_step: what an earlier process has written of this step and later ones is not shown any more."""
+        """first_step: points that an earlier process wrote for this step and later ones are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
@@ -157,23 +157,23 @@ class Board:
             self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def scalars(self, step: int, values: dict[str, float | None]) -> None:
-        """Points of curves; a value that is not finite is None, and is left out."""
+        """Add a point to each curve; a value of None (not finite) is left out."""
         with files.storage_errors(self._folder):
             for tag, value in values.items():
                 if value is not None:
                     self._writer.add_scalar(tag, value, step)
-            self._writer.flush()  # a killed process leaves no gap before its newest checkpoint
+            self._writer.flush()  # a killed process then leaves no gap before its newest checkpoint
 
     def close(self) -> None:
-        """No more points."""
+        """Close the writer."""
         self._writer.close()
 
 
 def check_board() -> None:
-    """Raise ConfigError where TensorBoard cannot be written."""
+    """Raise ConfigError if curves for TensorBoard cannot be written."""
     try:
         from torch.utils.tensorboard import SummaryWriter  # noqa: F401
-    except Exception as error:  # a package of its own, and many more behind it: any of them may be missing or broken
+    except Exception as error:  # any of the many packages that it imports may be missing or broken
         raise ConfigError(
             f"report_to = 'tensorboard' needs the package tensorboard ({first_line(error)}): pip install tensorboard, "
             "or leave it out"
@@ -185,7 +185,7 @@ def _number(value: float | None, shape: str) -> str:
 
 
 def marked_example(example: Example, tokenizer: Any) -> str:
-    """An example as the model sees it, the supervised tokens marked (green, or between ⟦ ⟧ without colour)."""
+    """An example as the model sees it. Supervised tokens are green, or between ⟦ ⟧ if there are no colours."""
     text = ""
     supervised = example.labels != IGNORE
     starts = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(supervised)]
@@ -197,7 +197,7 @@ def marked_example(example: Example, tokenizer: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers of a run depend on."""
+    """The versions of the packages on which the numbers of a run depend."""
     import tokenizers
     import transformers
 

@@ -1,4 +1,4 @@
-"""Predicts the memory of a run before it starts: one optimizer step runs on fake tensors.
+"""The prediction of the memory of a run before its start: one optimizer step runs on fake tensors.
 
 The step runs with 2 layers and with 3 layers, which takes a second or less. The first layer differs from the others
 (nothing below it needs a gradient). The others are equal, so each further layer adds as much as the third did.
@@ -31,78 +31,78 @@ from minilora.training.memory_trace import Watch, as_on, to_fake
 from minilora.utils.device import autocast, gib
 
 LAYERS = (2, 3)
-STRETCHES = ("forward", "loss", "loss's backward", "backward", "first layer's backward", "update")  # each has its peak
-STEPS_LOOKED_AT = 64
-GATHERED = 3  # layers that a process holds whole: the one at work, the buffer in which it came, and the one before it
-USABLE = 0.9  # of what a device has free: allocators lose some to rounding, kernels take some for themselves
-# On a CPU the resident memory counts. Measured beside what the predicted tensors take (test_memory_estimate.py):
-CPU_FIRST_USE_BYTES = 60 * 2**20  # code and buffers of the kernels, when they are first used
-CPU_HEAP_SHARE = 0.3  # of what a micro-batch holds: holes in glibc's heap, where blocks of less than 32 MiB lie
+PHASES = ("forward", "loss", "loss's backward", "backward", "first layer's backward", "update")  # each has its peak
+STEPS_SEARCHED = 64  # for the largest micro-batch
+GATHERED = 3  # full layers that a process holds: the current one, its receive buffer, and the previous one
+USABLE = 0.9  # of the free memory: allocators round sizes up, and kernels need workspace
+# On a CPU the resident memory counts. Two measured terms are added to the tensors (test_memory_estimate.py):
+CPU_FIRST_USE_BYTES = 60 * 2**20  # code and buffers that kernels load at their first use
+CPU_HEAP_SHARE = 0.3  # of a micro-batch's tensors: fragmentation of glibc's heap, which holds blocks below 32 MiB
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What memory depends on beside the micro-batch; device_type: cpu | cuda."""
+    """The settings on which memory depends, apart from the micro-batch. device_type: cpu | cuda."""
 
     config: TrainConfig
     base_folder: Path
     dtype: torch.dtype  # of the matrix products
     device_type: str
     checkpointing: bool
-    shards: int = 1  # processes that share the base out (--fsdp)
+    shards: int = 1  # number of processes that split the parameters (--fsdp)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part; peaks are those of STRETCHES, beyond all that is there during the whole step."""
+    """Bytes by part. peaks: one for each of PHASES, without the parts that exist during the whole step."""
 
     weights: float  # method full: the fp32 masters
     adapter: float
     optimizer: float  # AdamW's moments
     gradients: float
-    saved: float  # activations kept for backward
+    saved: float  # activations kept for the backward pass
     peaks: tuple[float, ...]
 
     @property
     def beyond(self) -> float:
-        """Most that a micro-batch needs beyond what it keeps for backward: chunks of logits, what is computed on."""
+        """The most bytes of a micro-batch beyond its saved activations: chunks of logits and intermediate tensors."""
         return max(self.peaks) - self.saved
 
     @property
     def total(self) -> float:
-        """The peak: all that is there at once, without what the interpreter and the libraries take."""
+        """The peak of all tensors together, without the memory of interpreter and libraries."""
         return self.weights + self.adapter + self.optimizer + self.gradients + max(self.peaks)
 
     def peak(self, device_type: str, before: float) -> float:
-        """Most that will be in use, of which `before` is already: allocated on a CUDA device, resident on a CPU."""
+        """The most bytes in use, `before` of them already now: allocated on a CUDA device, resident on a CPU."""
         slack = CPU_FIRST_USE_BYTES + CPU_HEAP_SHARE * max(self.peaks) if device_type == "cpu" else 0
         return before + self.total + slack
 
 
 def predict(setup: Setup, batch: Batch) -> Memory:
-    """What a step needs whose largest micro-batch is `batch`."""
+    """The memory of a step whose largest micro-batch is `batch`."""
     layers = num_layers(setup.base_folder)
     if layers <= LAYERS[1]:
         return step_memory(setup, batch, layers)
     return along((step_memory(setup, batch, LAYERS[0]), step_memory(setup, batch, LAYERS[1])), LAYERS, layers)
 
 
-def along(points: tuple[Memory, Memory], at: tuple[int, int], where: int) -> Memory:
-    """The line through two points, part by part and stretch by stretch."""
-    share = (where - at[0]) / (at[1] - at[0])
+def along(points: tuple[Memory, Memory], at: tuple[int, int], position: int) -> Memory:
+    """Each part and each peak at `position` on the line through two points, which are at positions `at`."""
+    share = (position - at[0]) / (at[1] - at[0])
     low, high = (np.array([*dataclasses.astuple(point)[:-1], *point.peaks]) for point in points)
     weights, adapter, optimizer, gradients, saved, *peaks = (low + share * (high - low)).tolist()
     return Memory(weights, adapter, optimizer, gradients, saved, tuple(peaks))
 
 
 def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
-    """The figures of one step of a model with so many layers: the micro-batch as `loop.gradients` runs it, AdamW.
+    """The memory of one step of a model with `layers` layers: a micro-batch as in `loop.gradients`, then AdamW.
 
-    Gradients and moments are there from the beginning, as in all micro-batches but the first of a run.
+    Gradients and moments exist from the start, as in all micro-batches except the first one of a run.
     """
     config, full = dataclasses.replace(setup.config, torch_compile=False), setup.config.method == "full"
     model = empty_model(setup.base_folder, torch.float32 if full else setup.dtype, layers)
-    make_trainable(model, config, setup.checkpointing, preserve_rng_state=False)  # fakes draw no numbers
+    make_trainable(model, config, setup.checkpointing, preserve_rng_state=False)  # fake tensors draw no numbers
     model.train()
     with torch.random.fork_rng(devices=[]), FakeTensorMode(), as_on(setup.device_type):
         to_fake(model)
@@ -117,8 +117,8 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
         optimizer.step()
         moments = [value for state in optimizer.state.values() for value in state.values()]
         gradients = [param.grad for param in trained if param.grad is not None]
-        there = [*model.parameters(), *model.buffers(), *moments, *gradients, *fakes.values()]
-        with packed(model), Watch(there) as watch, marked_at_first_layer(model, watch):
+        existing = [*model.parameters(), *model.buffers(), *moments, *gradients, *fakes.values()]
+        with packed(model), Watch(existing) as watch, marked_at_first_layer(model, watch):
             with autocast(torch.device("cpu"), setup.dtype):
                 hidden = hidden_states(model, batch, config.neftune_noise_alpha)
                 hidden.register_hook(lambda _: watch.mark())
@@ -130,8 +130,8 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
             watch.mark()
             nn.utils.clip_grad_norm_(trained, config.max_grad_norm or 1.0)
             optimizer.step()
-    if len(watch.peaks_bytes) != len(STRETCHES):
-        raise RuntimeError(f"a step of {len(watch.peaks_bytes)} stretches")
+    if len(watch.peaks_bytes) != len(PHASES):
+        raise RuntimeError(f"a step of {len(watch.peaks_bytes)} phases")
     adapter = 0 if full else num_bytes(trained)
     weights = num_bytes([*model.parameters(), *model.buffers()]) - adapter
     memory = Memory(weights, adapter, num_bytes(moments), num_bytes(gradients), saved, tuple(watch.peaks_bytes))
@@ -139,34 +139,34 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
 
 
 def in_parts(memory: Memory, setup: Setup, model: Any) -> Memory:
-    """The same where each of setup.shards processes has a part of every layer (see `shard`), and gathers some."""
+    """The memory of one of setup.shards processes, each of which holds a part of every layer (see `shard`)."""
     full, shards = setup.config.method == "full", setup.shards
     layer = num_bytes(p for p in model.get_decoder().layers[-1].parameters() if full or not p.requires_grad)
     layers = layer * len(model.get_decoder().layers)
     if not full:
         return dataclasses.replace(memory, weights=memory.weights - layers + layers / shards + GATHERED * layer)
-    narrow = setup.dtype.itemsize / torch.float32.itemsize  # layers are gathered in the type of the matrix products
-    casts = layers * narrow if narrow < 1 else 0.0  # a whole model keeps these until the loss is there, for autocast
-    kept = 0.0 if setup.checkpointing else casts  # and until its backward pass has used them
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # gathered in fp32, each alone, even if tied
+    narrow = setup.dtype.itemsize / torch.float32.itemsize  # layers are gathered in the dtype of the matrix products
+    casts = layers * narrow if narrow < 1 else 0.0  # autocast copies; an unsharded model keeps them until the loss
+    kept = 0.0 if setup.checkpointing else casts  # and until the backward pass has used them
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # gathered in fp32, one by one, even if tied
     embedding, head = (num_bytes([end.weight]) for end in ends)
     tied: bool = model.config.tie_word_embeddings
-    gathered = GATHERED * layer * narrow  # in the backward pass two layers, and the gradients of one
-    added_up = layer + head / shards  # in fp32: a layer's gradients on their way to the shards, a part of the head's
-    backward = gathered + added_up + embedding * (not tied)  # tied, a whole model holds the head's gradient that long
+    gathered = GATHERED * layer * narrow  # in the backward pass: two layers, and the gradients of one
+    added_up = layer + head / shards  # in fp32: a layer's gradients before they are split, and a part of the head's
+    backward = gathered + added_up + embedding * (not tied)  # a tied unsharded model also keeps the head's gradient
     more = (
         gathered + embedding - casts,
         head - casts,
         head / shards - kept,
         backward - kept,
-        backward - embedding * tied,  # at its end a whole model has the sum of both gradients beside them
+        backward - embedding * tied,  # at its end a tied unsharded model also holds the sum of both gradients
         0.0,
     )
     return Memory(
         memory.weights / shards,
         memory.adapter,
         memory.optimizer / shards,
-        (memory.gradients + embedding * tied) / shards,  # the last norm's is a view of what came with the embedding's
+        (memory.gradients + embedding * tied) / shards,  # the last norm's is a view of the embedding's buffer
         memory.saved - kept,
         tuple(peak + own for peak, own in zip(memory.peaks, more, strict=True)),
     )
@@ -178,14 +178,14 @@ def tensors_of(batch: Batch) -> dict[str, Tensor]:
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """What tensors take, those that share a storage once."""
+    """The bytes of tensors; a shared storage counts once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 @contextmanager
 def marked_at_first_layer(model: Any, watch: Watch) -> Iterator[None]:
-    """Inside, backward's arrival at the first layer begins a stretch: there the peak does not grow with the layers."""
+    """Inside, a new phase begins when the backward pass reaches layer 0; its peak does not grow with the layers."""
 
     def at_output(_: Any, __: Any, output: Any) -> None:
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -199,22 +199,22 @@ def marked_at_first_layer(model: Any, watch: Watch) -> Iterator[None]:
 
 
 def predict_for(setup: Setup, dataset: Dataset, schedule: Schedule, max_tokens: int) -> Memory:
-    """What a run over these rows needs, with micro-batches of up to max_tokens tokens."""
+    """The memory of a run over these rows, with micro-batches of up to max_tokens tokens."""
     return predict(setup, largest_batch(setup, dataset, schedule, max_tokens))
 
 
 def largest_batch(setup: Setup, dataset: Dataset, schedule: Schedule, max_tokens: int) -> Batch:
-    """The micro-batch of most tokens: of those of the first STEPS_LOOKED_AT steps, or the longest row alone."""
+    """The micro-batch with most tokens in the first STEPS_SEARCHED steps, or the longest row alone."""
     share = shares_prefix(setup.config, setup.device_type)
     batches = [collate([dataset[int(np.argmax(dataset.lengths))]])]
-    for step in range(min(schedule.num_steps, STEPS_LOOKED_AT)):
+    for step in range(min(schedule.num_steps, STEPS_SEARCHED)):
         batches += micro_batches([dataset[i] for i in schedule.examples_of(step)], max_tokens, share)
     return max(batches, key=lambda batch: batch.input_ids.numel())
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the steps of a run are cut; memory: what that needs, None where it could not be predicted."""
+    """The token budget and checkpointing of a run. memory: their prediction, or None if it failed."""
 
     max_tokens: int
     checkpointing: bool
@@ -225,10 +225,10 @@ class Choice:
 def choose_cut(
     setup: Setup, dataset: Dataset, schedule: Schedule, asked: int, most: int, free: float = math.inf
 ) -> Choice:
-    """The cut that was asked for, else (asked: 0) the largest up to `most` tokens predicted to fit into `free` bytes.
+    """The requested budget, or (asked: 0) the largest one up to `most` tokens that is predicted to fit `free` bytes.
 
-    Activations are computed again only where that was asked for, or left open and not even one example fits without.
-    A prediction that fails becomes a note; the run goes on.
+    Checkpointing is used if it is requested, or if it is left open and not even one example fits without it.
+    A prediction that fails becomes a note, and the run continues.
     """
     try:
         return fitting_cut(setup, dataset, schedule, asked, most, free * USABLE)
@@ -240,7 +240,7 @@ def choose_cut(
 
 
 def fitting_cut(setup: Setup, dataset: Dataset, schedule: Schedule, asked: int, most: int, usable: float) -> Choice:
-    """What `choose_cut` chooses, within `usable` bytes; a prediction that fails is raised."""
+    """The choice of `choose_cut` within `usable` bytes. A prediction that fails raises its error."""
     longest = int(dataset.lengths.max()) - 1
     left_open = setup.config.gradient_checkpointing is None
     for checkpointing in (False, True) if left_open else (setup.checkpointing,):
@@ -249,9 +249,9 @@ def fitting_cut(setup: Setup, dataset: Dataset, schedule: Schedule, asked: int, 
         while not asked and memory.total > usable and budget > longest:
             tried, budget = budget, budget // 2
             while budget > longest and memory.total - max(memory.peaks) * (1 - budget / tried) > usable:
-                budget //= 2  # activations grow with the tokens: no need to try this one
+                budget //= 2  # memory falls at most in proportion to the tokens, so this budget cannot fit
             memory = predict_for(setup, dataset, schedule, budget)
         if memory.total <= usable:
             return Choice(budget, checkpointing, memory)
-    note = f"{gib(memory.total)} are predicted to be needed, {gib(usable)} are there: this may not fit"
+    note = f"the run may not fit: it is predicted to need {gib(memory.total)}, and {gib(usable)} are usable"
     return Choice(budget, checkpointing, memory, (note,))

@@ -1,7 +1,7 @@
-"""Counts what a step allocates and computes, operation by operation, on fake tensors.
+"""A counter of the memory and the FLOPs of each operation of a step, on fake tensors.
 
-Torch's fake tensors have shapes but no numbers: a step of any model runs in seconds and needs no memory, and its
-figures are the same on every machine. Memory that a kernel allocates and frees before it returns is not counted.
+Fake tensors of torch have shapes but no numbers. A step of any model runs in seconds, needs no memory and gives the
+same figures on every machine. Memory that a kernel allocates and frees before it returns is not counted.
 """
 
 import functools
@@ -22,64 +22,64 @@ from minilora.attention import Layout
 
 FORWARD_ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
 BACKWARD_ATTENTION = tuple(f"{name}_backward" for name in FORWARD_ATTENTION)
-VARLEN = {"_varlen_attn": 2, "_varlen_attn_backward": 5}  # and their products
+VARLEN = {"_varlen_attn": 2, "_varlen_attn_backward": 5}  # the number of matrix products of each
 
 
 class Watch(TorchDispatchMode):
-    """Counts dispatched operations and FLOPs, and follows the storages that operations make until they are gone.
+    """Counts dispatched operations and FLOPs, and tracks each storage from its allocation until it is freed.
 
-    Peaks are kept for the time between two calls of `mark`; tensors that are `left_out` are not counted.
+    There is one peak for each interval between two calls of `mark`. Tensors in `left_out` are not counted.
     """
 
     def __init__(self, left_out: list[Tensor]) -> None:
         super().__init__()
         self.operations = self.kernels = self.flops = self.alive_bytes = 0
         self.peaks_bytes = [0]
-        self.names: Counter[str] = Counter()  # how often each operation was dispatched
+        self.names: Counter[str] = Counter()  # operation -> number of calls
         self._known = {tensor.untyped_storage()._cdata for tensor in left_out}
 
     @property
     def peak_bytes(self) -> int:
-        """Most bytes alive at once since the beginning."""
+        """The most bytes alive at once since the start."""
         return max(self.peaks_bytes)
 
     def mark(self) -> None:
-        """From here on, the next peak of `peaks_bytes` is measured."""
+        """Begin the next interval of `peaks_bytes`."""
         self.peaks_bytes.append(self.alive_bytes)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not made:  # it asks for a device or a dtype: with real tensors this is no operation
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if not outputs:  # a query of a device or a dtype; with real tensors it is no operation
             return out
         self.operations += 1
         self.names[func.overloadpacket.__name__] += 1
         self.kernels += not func.is_view
         self.flops += flops_of(func, args)
-        for tensor in made:
-            self._follow(tensor.untyped_storage())
+        for tensor in outputs:
+            self._track(tensor.untyped_storage())
         return out
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
         self._known.add(key)
         self.alive_bytes += size
         self.peaks_bytes[-1] = max(self.peaks_bytes[-1], self.alive_bytes)
-        weakref.finalize(storage, self._gone, key, size).atexit = False
+        weakref.finalize(storage, self._free, key, size).atexit = False
 
-    def _gone(self, key: int, size: int) -> None:
+    def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.alive_bytes -= size
 
 
 def flops_of(func: Any, args: Any) -> int:
-    """FLOPs of one operation, 2 for a multiplication with its addition; 0 for all that are no products.
+    """The FLOPs of one operation: 2 for each multiply-add of a matrix product, 0 for every other operation.
 
-    Causal attention counts as the half of the square that its kernels compute (torch's FlopCounterMode counts all of
-    it): two products forward, five backward, as the scores are computed again. Packed examples are taken to be equally
-    long, since fake tensors do not hold where each of them ends.
+    Causal attention counts only the half of the scores that its kernels compute (FlopCounterMode of torch counts all):
+    two products forward, and five backward, because the scores are recomputed. Packed examples count as equally long,
+    because fake tensors do not hold their boundaries.
     """
     name = func.overloadpacket.__name__.removesuffix("_")
     shapes = [arg.shape for arg in args if isinstance(arg, Tensor)]
@@ -99,7 +99,7 @@ def flops_of(func: Any, args: Any) -> int:
 
 
 def to_fake(model: nn.Module) -> None:
-    """Exchange every parameter and buffer for a fake one on the CPU, the shared ones for a shared one."""
+    """Replace every parameter and buffer by a fake one on the CPU; shared tensors stay shared."""
     fakes: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -114,15 +114,15 @@ def to_fake(model: nn.Module) -> None:
 
 @contextmanager
 def as_on(device_type: str) -> Iterator[None]:
-    """Inside, fake tensors on the CPU run the code that real ones run on `device_type`: cpu or cuda.
+    """Inside, fake tensors on the CPU run the code that real tensors run on `device_type`: cpu or cuda.
 
-    Without a CUDA build of torch there are no fake CUDA tensors either, so this function replaces each place that looks
-    at the device. On the CPU only dropout differs: the number of dropped elements is the expected one, not drawn.
+    Fake CUDA tensors need a CUDA build of torch. So this function replaces every function that looks at the device. On
+    the CPU only dropout differs: the number of dropped elements is the expected number, not a random one.
     """
     caches = {"_varlen_layout": attention._varlen_layout, "_key_order": attention._key_order}
     own = {name: functools.lru_cache(maxsize=2)(cached.__wrapped__) for name, cached in caches.items()}
     with ExitStack() as held:
-        held.enter_context(patched(attention, **own))  # the real caches get no fake tensors, and give none
+        held.enter_context(patched(attention, **own))  # no fake tensor enters the real caches
         if device_type == "cpu":
             held.enter_context(patched(lora, draw_dropped=expected_positions))
         else:
@@ -132,15 +132,15 @@ def as_on(device_type: str) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            # In torch 2.11 the hooks of a checkpoint that fails live as long as its frame, and take over what every
-            # later operation saves for its backward pass: whoever keeps this error would break the training.
+            # In torch 2.11 the saved-tensor hooks of a failed checkpoint stay active as long as its frame lives. An
+            # error that is kept would therefore break the backward passes of the training.
             traceback.clear_frames(error.__traceback__)
             raise
 
 
 @contextmanager
 def patched(module: Any, **values: Any) -> Iterator[None]:
-    """Inside, the module's names have these values. Raises AttributeError when it has no such name."""
+    """Inside, these names of the module have these values. Raises AttributeError for a name that does not exist."""
     before = {name: getattr(module, name) for name in values}
     try:
         for name, value in values.items():
@@ -152,12 +152,12 @@ def patched(module: Any, **values: Any) -> Iterator[None]:
 
 
 def expected_positions(x: Tensor, dropout: float) -> Tensor:
-    """Dropout's choice as it is on the CPU, positions; as many as are expected."""
+    """The dropped positions as on the CPU: the expected number of them."""
     return torch.empty(round(x.numel() * dropout), dtype=torch.int64)
 
 
 def dropped_mask(x: Tensor, dropout: float) -> Tensor:
-    """Dropout's choice as it is on CUDA, a mask of x's shape."""
+    """The dropped elements as on CUDA: a mask with the shape of x."""
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)
 
 
@@ -171,7 +171,7 @@ def varlen(
     layout: Layout | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """`attention.packed_attention` with the choice that it makes on CUDA."""
+    """`attention.packed_attention` with the kernel that it chooses on CUDA."""
     assert layout is not None, "packed examples carry their layout"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.dtype in (torch.bfloat16, torch.float16):

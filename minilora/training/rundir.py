@@ -14,15 +14,15 @@ from minilora.training import checkpoint
 from minilora.utils import files
 
 CONFIG = "config.json"
-MAX_NAME_CHARS = 80  # of a default folder: with 3 bytes each still less than the 255 of a file system
+MAX_NAME_CHARS = 80  # of a default folder; at 3 bytes each they stay below the file system's limit of 255 bytes
 
 
 def lock_run_dir(config: TrainConfig, held: ExitStack) -> tuple[Path, Path | None, list[str]]:
-    """(the run's folder, locked; the checkpoint to go on from or None; notes for the header).
+    """(the run's folder, locked; the checkpoint to resume from, or None; notes for the header).
 
-    Until the lock is held, another start may take the folder that was chosen: what is true under the lock holds.
-    Raises what `resolve_run_dir` raises, ConfigError for a folder that is being written, CheckpointError for a
-    checkpoint that is not whole.
+    Another start may take the chosen folder before the lock is held, so the choice is repeated under the lock.
+    Raises what `resolve_run_dir` raises, ConfigError for a folder that another process writes, CheckpointError for a
+    damaged checkpoint.
     """
     folder = resolve_run_dir(config)
     while True:
@@ -31,7 +31,7 @@ def lock_run_dir(config: TrainConfig, held: ExitStack) -> tuple[Path, Path | Non
                 stack.enter_context(RunLock(folder))
                 chosen = resolve_run_dir(config, locked=folder)
             except ConfigError:
-                chosen = resolve_run_dir(config)  # a new name, where the folder's is not given by the user
+                chosen = resolve_run_dir(config)  # a new name, unless the user gave the name
                 if chosen == folder:
                     raise
             if chosen == folder:
@@ -42,16 +42,16 @@ def lock_run_dir(config: TrainConfig, held: ExitStack) -> tuple[Path, Path | Non
 
 
 def resolve_run_dir(config: TrainConfig, locked: Path | None = None) -> Path:
-    """The run's folder; one that we have `locked` for a new run counts as free while there is no run in it.
+    """The run's folder. A folder that this process has `locked` counts as free while it holds no run.
 
-    Raises ConfigError when a new run would overwrite another, CheckpointError when `resume` names no run.
+    Raises ConfigError if a new run would overwrite another, CheckpointError if `resume` names no run.
     """
     if config.resume not in ("auto", "never"):
         run = _run_of(Path(config.resume))
         if config.output_dir and Path(config.output_dir).resolve() != run.resolve():
             raise ConfigError(
-                f"--resume {config.resume} goes on in {run}, and --output_dir {config.output_dir} is another folder: "
-                "leave it out, or copy the run there and resume the copy."
+                f"--resume {config.resume} continues in {run}, but --output_dir {config.output_dir} is another folder: "
+                "leave out --output_dir, or copy the run there and resume the copy."
             )
         if not _holds_a_run(run):
             raise CheckpointError(f"--resume {config.resume}: no valid checkpoint there: it has no checkpoints.")
@@ -60,15 +60,15 @@ def resolve_run_dir(config: TrainConfig, locked: Path | None = None) -> Path:
         run = Path(config.output_dir)
     else:
         names = _names(_stem(config), locked)
-        resumable = [name for name in reversed(names[:-1]) if checkpoint.checkpoints(name)]  # others failed to start
+        resumable = [name for name in reversed(names[:-1]) if checkpoint.checkpoints(name)]  # the rest failed to start
         run = resumable[0] if resumable and config.resume == "auto" else names[-1]
     if config.resume == "never" and _holds_a_run(run):
-        raise ConfigError(f"{run} holds a run: --resume auto goes on with it, another --output_dir starts anew.")
+        raise ConfigError(f"{run} holds a run: --resume auto continues it, another --output_dir starts a new one.")
     return run
 
 
 def _starting_point(config: TrainConfig, run: Path) -> tuple[Path | None, list[str]]:
-    """(the checkpoint to go on from or None, notes for the header)."""
+    """(the checkpoint to resume from, or None; notes for the header)."""
     if config.resume == "never":
         return None, []
     path = Path(config.resume)
@@ -82,12 +82,12 @@ def _starting_point(config: TrainConfig, run: Path) -> tuple[Path | None, list[s
     found, refused = checkpoint.newest_valid(run)
     if config.resume != "auto" and found is None and refused:
         raise CheckpointError(f"--resume {path}: no valid checkpoint there: {'; '.join(refused)}.")
-    notes = [f"passed over: {why}" for why in refused]
-    return found, [*notes, f"resuming from {found}" if found else f"no checkpoint in {run} yet: starting anew"]
+    notes = [f"skipped: {why}" for why in refused]
+    return found, [*notes, f"resuming from {found}" if found else f"no checkpoint in {run} yet: starting a new run"]
 
 
 def _run_of(path: Path) -> Path:
-    """The run that --resume PATH means by its folder or by one of its checkpoints."""
+    """The run of --resume PATH, which names its folder or one of its checkpoints."""
     return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
@@ -104,7 +104,7 @@ def _stem(config: TrainConfig) -> Path:
 
 
 def _names(stem: Path, locked: Path | None) -> list[Path]:
-    """stem, stem-2, stem-3, ...: those that are taken, in order, and the first free one."""
+    """stem, stem-2, stem-3, ...: the taken names in order, then the first free one."""
     names = [stem]
     while names[-1].exists() and (names[-1] != locked or _holds_a_run(names[-1])):
         names.append(stem.with_name(f"{stem.name}-{len(names) + 1}"))
@@ -112,16 +112,16 @@ def _names(stem: Path, locked: Path | None) -> list[Path]:
 
 
 class RunLock:
-    """One run folder, one writer. The kernel frees the lock of a dead owner, so none is ever left over.
+    """The lock of a run folder: only one process writes it. The kernel releases the lock of a dead process.
 
-    A folder that was made for the lock and holds nothing else is deleted when the lock is released.
+    A folder that was created for the lock and holds nothing else is deleted when the lock is released.
     """
 
     def __init__(self, run: Path) -> None:
         self._run, self._path = run, run / ".lock"
-        self._made = not os.path.lexists(run)
+        self._created = not os.path.lexists(run)
         self._take()
-        while not self._is_in_place():  # a start that failed removed the folder after we had opened the file
+        while not self._is_in_place():  # a failed start deleted the folder after this process had opened the file
             os.close(self._descriptor)
             self._take()
         with files.storage_errors(self._path):
@@ -138,7 +138,7 @@ class RunLock:
             owner = os.read(self._descriptor, 32).decode(errors="replace").strip()
             os.close(self._descriptor)
             raise ConfigError(
-                f"{self._run} is being written by process {owner}; wait for it or give --output_dir"
+                f"{self._run} is being written by process {owner}; wait for it or give another --output_dir"
             ) from error
 
     def _is_in_place(self) -> bool:
@@ -151,16 +151,16 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # the folder may have vanished, and who comes first removes it
+        with suppress(OSError):  # the folder may be gone: the first process to get here deletes it
             if os.listdir(self._run) == [self._path.name] and self._is_in_place():
                 os.unlink(self._path)
-                if self._made:
+                if self._created:
                     os.rmdir(self._run)
         os.close(self._descriptor)
 
 
 def lasting_settings(config: TrainConfig) -> dict[str, Any]:
-    """The settings as a run keeps them: with absolute paths, so that the run can be resumed from any folder."""
+    """The settings as saved in a run: paths are absolute, so that the run can be resumed from any folder."""
     settings = dataclasses.asdict(config)
     settings |= {key: list(value) for key, value in settings.items() if isinstance(value, tuple)}
     local = os.path.expanduser(config.model)
@@ -173,11 +173,11 @@ def lasting_settings(config: TrainConfig) -> dict[str, Any]:
 
 
 def saved_config(path: Path) -> dict[str, Any]:
-    """The settings of the run that --resume PATH means, to lie under the command line's."""
+    """The settings of the run of --resume PATH; keys of the command line override them."""
     run = _run_of(path)
-    if not os.path.isfile(run / CONFIG):  # never raises, however long the name is
+    if not os.path.isfile(run / CONFIG):  # raises no error, even if the name is too long
         raise CheckpointError(f"--resume {path}: there is no run: {run / CONFIG} is missing.")
     saved = checkpoint.read_json(run / CONFIG).get("config")
     if not isinstance(saved, dict):
-        raise CheckpointError(f"{run / CONFIG}: 'config' is missing: this is no run of minilora.")
+        raise CheckpointError(f"{run / CONFIG}: 'config' is missing: this is not a run of minilora.")
     return {key: value for key, value in saved.items() if key not in ("resume", "output_dir")}

@@ -1,4 +1,4 @@
-"""Saves checkpoints, adapters and models, and compares what was saved with what was trained."""
+"""Functions that save checkpoints, adapters and models, and compare a saved result with the trained model."""
 
 import math
 import os
@@ -29,14 +29,14 @@ SAMPLES_AT_ONCE = 8
 def save_model(
     folder: Path, model: Any, tokenizer: Any, dtype: torch.dtype, base_folder: Path, system_prompt: str, step: int
 ) -> None:
-    """A Hugging Face model folder with the weights rounded once to dtype, and the base's own files beside them.
+    """Write a Hugging Face model folder: the weights, rounded once to dtype, and the other files of the base.
 
     Raises DivergedError for weights that are not finite.
     """
     weights = _weights(model)
     if broken := [name for name, tensor in weights.items() if not torch.isfinite(local_part(tensor)).all()]:
         raise DivergedError(
-            f"the model is not finite ({len(broken)} of its tensors, the first {broken[0]}): not written to {folder}"
+            f"the model is not finite ({len(broken)} tensors, the first is {broken[0]}): not written to {folder}"
         )
     try:
         base_config = files.read_json(base_folder / "config.json")
@@ -44,20 +44,20 @@ def save_model(
         raise ModelError(f"{base_folder / 'config.json'}: {error}.") from error
     base_config.pop("_name_or_path", None)
     config = model_config(base_config, tokenizer, str(dtype).removeprefix("torch."))
-    with files.new_folder(folder) as aside:
-        save_tokenizer(aside, tokenizer, base_folder)
-        files.write_file(aside / "config.json", files.json_chunks(config))
-        write_generation(aside, model.generation_config.to_diff_dict(), end_tokens(tokenizer))
-        write_record(aside, system_prompt)
+    with files.new_folder(folder) as temporary:
+        save_tokenizer(temporary, tokenizer, base_folder)
+        files.write_file(temporary / "config.json", files.json_chunks(config))
+        write_generation(temporary, model.generation_config.to_diff_dict(), end_tokens(tokenizer))
+        write_record(temporary, system_prompt)
         specs = {name: (dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
         chunks = files.lazy_safetensors_chunks(
             specs, lambda name: full_tensor(weights[name]).to(dtype), {"format": "pt", "step": str(step)}
         )
-        files.write_file(aside / "model.safetensors", chunks)
+        files.write_file(temporary / "model.safetensors", chunks)
 
 
 def take_part(model: Any) -> None:
-    """Give the process that writes a model the shards of this one, in the order of `save_model`."""
+    """Send the shards of this process to the process that writes the model, in the order of `save_model`."""
     collect(_weights(model).values())
 
 
@@ -69,7 +69,7 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
 def reload(
     base_folder: Path, result: Path, method: str, dtype: torch.dtype, device: torch.device, bits: int = 0
 ) -> tuple[Any, Any]:
-    """(the base as it is on the disk, a function that turns it into the saved result and returns that)."""
+    """(the base, read from the disk; a function that turns it into the saved result and returns the result)."""
     base = load_model(base_folder, dtype, device, bits)
 
     def apply() -> nn.Module:
@@ -82,10 +82,9 @@ def reload(
 
 
 def compare(reference: torch.Tensor, reloaded: nn.Module, ids: list[int], result: Path) -> float:
-    """Largest absolute difference of logits between the live model and the reloaded one.
+    """The largest absolute difference of logits between the trained model (`reference`) and the reloaded one.
 
-    Raises AdapterError when they are not the same function: the file is then not what was trained; DivergedError when
-    the live model's are not finite.
+    Raises AdapterError if it is too large, DivergedError if the logits of the trained model are not finite.
     """
     if not torch.isfinite(reference).all():
         raise DivergedError(
@@ -97,7 +96,7 @@ def compare(reference: torch.Tensor, reloaded: nn.Module, ids: list[int], result
     allowed = 1e-5 if reference.dtype == torch.float32 and next(reloaded.parameters()).dtype == torch.float32 else 1e-2
     if not difference <= allowed * max(1.0, float(reference.abs().max())):
         raise AdapterError(
-            f"{result}: reloaded, its logits differ by {difference:.3g} from those of the trained model."
+            f"{result}: the logits of the reloaded result differ by {difference:.3g} from those of the trained model."
         )
     return difference
 
@@ -105,7 +104,7 @@ def compare(reference: torch.Tensor, reloaded: nn.Module, ids: list[int], result
 def record_step(
     run: Run, loss: float, grad_norm: float, rate: float, num_tokens: int, num_supervised: int, seconds: float
 ) -> dict[str, Any]:
-    """Count a step in run.state; returns its record for metrics.jsonl."""
+    """Count a step in run.state, and return its record for metrics.jsonl."""
     state = run.state
     state.step += 1
     state.tokens += num_tokens
@@ -128,9 +127,9 @@ def record_step(
 
 
 def record_evaluation(run: Run, loss: float) -> None:
-    """Keep an evaluation's loss and answers, and the adapter in best/ if no earlier one was better."""
+    """Log the loss and the answers of an evaluation; save the result to best/ if the loss is the lowest so far."""
     state, best = run.state, run.state.best_eval_loss
-    answers = run.world.run_on_main(lambda: answer_questions(run))  # stopped in here, the evaluation is done again
+    answers = run.world.run_on_main(lambda: answer_questions(run))  # a run stopped here repeats the evaluation
     run.log.evaluation({"step": state.step, "eval_loss": loss if math.isfinite(loss) else None}, best)
     run.log.samples(state.step, zip(run.data.questions, answers, strict=False))
     if math.isfinite(loss) and (best is None or loss < best):
@@ -145,10 +144,10 @@ def record_evaluation(run: Run, loss: float) -> None:
 
 
 def answer_questions(run: Run) -> list[str]:
-    """The model's answers to run.data.questions now, as many as memory allows. Draws no random number."""
+    """The current answers of the model to run.data.questions, as many as memory allows. It draws no random number."""
     chat_model = ChatModel(run.model.eval(), run.tokenizer, run.markup, run.config.system_prompt)
     answers: list[str] = []
-    if run.data.questions:  # what training has freed makes room for what answering takes
+    if run.data.questions:  # gives memory that training has freed back to the system
         trim_heap(run.device)
     for start in range(0, len(run.data.questions), SAMPLES_AT_ONCE):
         part = run.data.questions[start : start + SAMPLES_AT_ONCE]
@@ -167,15 +166,15 @@ def answer_questions(run: Run) -> list[str]:
 
 
 def save_checkpoint(run: Run) -> Path:
-    """The checkpoint of run.state, written now unless this run has done so. Raises DivergedError for spoilt weights."""
+    """Save the checkpoint of run.state, unless it is saved already. Raises DivergedError if weights are not finite."""
     path = checkpoint.checkpoint_path(run.folder, run.state.step)
     if run.saved_step == run.state.step and run.world.run_on_main(lambda: checkpoint.is_valid(path)):
         return path
-    _refuse_spoilt(run)
+    _refuse_non_finite(run)
 
     def save() -> None:
         with files.storage_errors(run.folder):
-            os.stat(run.folder)  # a folder that has vanished must not come back with a checkpoint and nothing else
+            os.stat(run.folder)  # a deleted run folder must not be created again with only a checkpoint
         checkpoint.save(run.folder, run.model, run.optimizer, run.state, run.identity, run.config.save_total_limit)
 
     run.world.run_on_main(save, lambda: checkpoint.take_part(run.model, run.optimizer))
@@ -184,29 +183,29 @@ def save_checkpoint(run: Run) -> Path:
 
 
 def weights_are_finite(run: Run) -> bool:
-    """Whether every number that is trained is finite."""
+    """Whether all trained parameters are finite, in all processes."""
     params = checkpoint.trainable(run.model).values()
     return not run.world.any(not all(bool(torch.isfinite(local_part(param)).all()) for param in params))
 
 
-def _refuse_spoilt(run: Run) -> None:
-    """Raise DivergedError for weights that are not finite: a finite gradient, too, can be stepped along too far."""
+def _refuse_non_finite(run: Run) -> None:
+    """Raise DivergedError if weights are not finite: a step with a finite gradient may overflow them."""
     if weights_are_finite(run):
         return
     saved, _ = checkpoint.newest_valid(run.folder)
     raise DivergedError(
         f"the weights are not finite after step {run.state.step}, and are not saved; the newest checkpoint: {saved}. "
-        f"Start anew with a lower --learning_rate (is {run.config.learning_rate:g}) or --weight_decay (is "
+        f"Start a new run with a lower --learning_rate (is {run.config.learning_rate:g}) or --weight_decay (is "
         f"{run.config.weight_decay:g})."
     )
 
 
 def save_result(run: Run, folder: Path) -> None:
-    """Save what is trained, as it is now: a PEFT adapter or a Hugging Face model.
+    """Save the trained parameters: as a PEFT adapter or as a Hugging Face model.
 
     Raises DivergedError for weights that are not finite.
     """
-    _refuse_spoilt(run)
+    _refuse_non_finite(run)
     if run.config.method == "full":
         run.world.run_on_main(
             lambda: save_model(

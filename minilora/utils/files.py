@@ -1,4 +1,4 @@
-"""Files: written so that no reader meets half of one, read as if a stranger had made them."""
+"""Functions that write files atomically and read untrusted files."""
 
 import ctypes
 import hashlib
@@ -21,7 +21,7 @@ from minilora.errors import StorageError
 
 MAX_JSON_BYTES = 4 * 2**20
 MAX_JSON_DEPTH = 64
-FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of a number
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes per element
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -36,7 +36,7 @@ SAFETENSORS_DTYPES = {
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a manifest says of a file."""
+    """The entry of a file in a manifest."""
 
     size: int
     sha256: str
@@ -44,22 +44,22 @@ class FileRecord:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """An OSError inside becomes a StorageError that names the path and the reason."""
+    """Inside this block, an OSError becomes a StorageError that names the path and the reason."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        where = error.filename or path
-        reason = f"{where}: cannot be written: {error.strerror}"
+        failed = error.filename or path
+        reason = f"{failed}: cannot be written: {error.strerror}"
         raise StorageError(f"{reason}. What was saved before is intact.", reason) from error
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write a new file and force it to the disk."""
+    """Write a new file and flush it to the disk (fsync)."""
     digest, size = hashlib.sha256(), 0
     with suppress(FileNotFoundError):
-        os.unlink(path)  # it may be a link, planted or left over: what it points to is not ours
+        os.unlink(path)  # the path may be a link, and its target must not be overwritten
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # the umask applies
     try:
         for chunk in chunks:
@@ -75,22 +75,22 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
 
 
 def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write a file aside and move it into place: readers meet the old content or the new, never a part."""
-    aside = path.with_name(f".{path.name}.partial")
+    """Write a temporary file and rename it into place. A reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.partial")
     with storage_errors(path):
         try:
-            record = write_file(aside, chunks)
-            os.replace(aside, path)
+            record = write_file(temporary, chunks)
+            os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
-                os.unlink(aside)
+                os.unlink(temporary)
             raise
         sync_folder(path.parent)
     return record
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries (creations, renames) to the disk."""
+    """Flush the entries of a folder (creations, renames) to the disk (fsync)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -100,24 +100,24 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder aside; when the block ends well it appears under `path` at once, else nothing does."""
-    aside = path.with_name(f".{path.name}.partial")
+    """Yield a temporary folder to fill. If the block succeeds, it is renamed to `path`; else it is deleted."""
+    temporary = path.with_name(f".{path.name}.partial")
     with storage_errors(path):
         os.makedirs(path.parent, exist_ok=True)
-        remove_folder(aside)
-        os.mkdir(aside)
+        remove_folder(temporary)
+        os.mkdir(temporary)
         try:
-            yield aside
-            sync_folder(aside)
-            _exchange(aside, path)
+            yield temporary
+            sync_folder(temporary)
+            _exchange(temporary, path)
             sync_folder(path.parent)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Put a folder in the place of another: at once where the system can, else by two renames."""
+    """Replace a folder by another: with one atomic exchange where the system has it, else with two renames."""
     if not path.is_dir():
         os.rename(new, path)
         return
@@ -132,43 +132,43 @@ def _exchange(new: Path, path: Path) -> None:
         except OSError:
             os.rename(old, path)
             raise
-    sync_folder(path.parent)  # the new name is on the disk before the old content goes
+    sync_folder(path.parent)  # the new name is on the disk before the old content is deleted
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Let two names change places at once (Linux: renameat2(2), RENAME_EXCHANGE). False where that cannot be done."""
+    """Exchange two names atomically (Linux: renameat2(2), RENAME_EXCHANGE). Returns False where that fails."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     at_cwd, exchange = -100, 2
     return rename is not None and rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder and what is in it; under its own name it is gone at once, not piece by piece."""
+    """Delete a folder and its content. It is renamed first, so no reader finds a half-deleted folder."""
     if not path.is_dir():
         return
-    doomed = path.with_name(f".{path.name.lstrip('.')}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    renamed = path.with_name(f".{path.name.lstrip('.')}.removed")
+    shutil.rmtree(renamed, ignore_errors=True)
+    os.rename(path, renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that were killed left in a folder: half-written and half-removed entries."""
+    """Delete the half-written and half-deleted entries that killed processes left in a folder."""
     for entry in folder.iterdir() if folder.is_dir() else ():
         if entry.name.startswith(".") and entry.name.endswith((".partial", ".removed")):
             shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else os.unlink(entry)
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """The bytes of a regular file. Raises ValueError with the reason; never waits on a pipe, never fills the memory."""
+    """The bytes of a regular file of at most max_bytes. Never waits for a pipe. Raises ValueError with the reason."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 raise ValueError("not a regular file")
-            content = file.read(min(found.st_size, max_bytes) + 1)
+            content = file.read(min(status.st_size, max_bytes) + 1)
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
     if len(content) > max_bytes:
@@ -177,10 +177,10 @@ def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of moderate size and depth. Raises ValueError with the reason."""
+    """A JSON object from a file of limited size and depth. Raises ValueError with the reason."""
     content = read_bytes(path)
     depth = deepest = 0
-    for byte in content:  # brackets in texts count too: a bound, not a measure
+    for byte in content:  # brackets inside strings count too, so this is an upper bound
         depth += (byte in b"[{") - (byte in b"]}")
         deepest = max(deepest, depth)
     if deepest > MAX_JSON_DEPTH:
@@ -195,7 +195,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def safetensors_header(path: Path, max_bytes: int) -> dict[str, Any]:
-    """The header of a safetensors file that is no longer than max_bytes. Raises ValueError with the reason."""
+    """The header of a safetensors file, at most max_bytes long. Raises ValueError with the reason."""
     start = 8
     try:
         size = path.stat().st_size
@@ -213,14 +213,14 @@ def safetensors_header(path: Path, max_bytes: int) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("not a safetensors file: its header is nested too deeply") from error
     if not isinstance(header, dict):
-        raise ValueError("not a safetensors file: its header is no object")
+        raise ValueError("not a safetensors file: its header is not a JSON object")
     return header
 
 
 def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The floating-point tensors of a safetensors file that must hold exactly these names and shapes.
 
-    Raises ValueError that lists every missing, extra and misshapen tensor, before any of them is read.
+    Raises ValueError before any tensor is read. The message lists missing and extra tensors and wrong shapes.
     """
     header = safetensors_header(path, 2**18 + 1024 * len(shapes))
     header.pop("__metadata__", None)
@@ -236,7 +236,7 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
         if name in found and found[name][1] != shape
     ]
     wrong += [
-        f"dtype of {name}: {dtype}, no floating point" for name, (dtype, _) in found.items() if dtype not in FLOATS
+        f"dtype of {name}: {dtype}, not floating-point" for name, (dtype, _) in found.items() if dtype not in FLOATS
     ]
     if wrong:
         more = [f"... and {len(wrong) - 20} more"] if len(wrong) > 20 else []
@@ -244,7 +244,7 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     expected = sum(math.prod(shape) * FLOATS[found[name][0]] for name, shape in shapes.items())
     try:
         if path.stat().st_size > 2**21 + 1024 * len(shapes) + expected:
-            raise ValueError("it is larger than its tensors")
+            raise ValueError("the file is larger than its tensors")
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in shapes}
     except (SafetensorError, OSError) as error:
@@ -252,7 +252,7 @@ def read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
 
 
 def json_chunks(value: object) -> Iterator[bytes]:
-    """A value as readable JSON."""
+    """A value as indented JSON."""
     yield (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -261,7 +261,7 @@ def safetensors_chunks(
     metadata: Mapping[str, str],
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Iterator[bytes | memoryview]:
-    """These tensors as a safetensors file; `gather` turns each into a whole one just before it is written."""
+    """These tensors as a safetensors file. `gather` makes each a full tensor just before it is written."""
     specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     return lazy_safetensors_chunks(specs, lambda name: gather(tensors[name]), metadata)
 
@@ -271,7 +271,7 @@ def lazy_safetensors_chunks(
     fetch: Callable[[str], Tensor],
     metadata: Mapping[str, str],
 ) -> Iterator[bytes | memoryview]:
-    """A safetensors file of tensors with these dtypes and shapes, fetched one after the other as they are written.
+    """A safetensors file of tensors with these dtypes and shapes. Each tensor is fetched just before it is written.
 
     Format: https://github.com/huggingface/safetensors#format (8 bytes of header length, JSON header, raw data).
     """

@@ -1,6 +1,6 @@
-"""Pages that need nothing but themselves: one HTML file, no script, nothing from a network; charts in plain SVG.
+"""Functions that build HTML pages: one file without scripts or network access, with charts as inline SVG.
 
-Everything that is put on a page is escaped, unless it is `Html`, which only this room makes.
+Every value on a page is escaped, unless it is of type `Html`, which only this module makes.
 """
 
 import html
@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-MAX_POINTS = 160  # of a line: more than a chart of this width can show
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 210, 50, 10, 10, 24  # of a chart, in units of its own
+MAX_POINTS = 160  # of a line; a chart of this width cannot show more
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 210, 50, 10, 10, 24  # of a chart, in units of its viewBox
 NUM_COLOURS = 6
-FAINT, THIN, THICK = 1.1, 1.6, 3.6  # widths of a faint line, of the uppermost of a style and of the lowest of several
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a browser then loads and runs nothing, whatever it is shown
+FAINT, THIN, THICK = 1.1, 1.6, 3.6  # widths of a faint line, of the top line and of the bottom line of a style
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # with it a browser loads and runs nothing
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f8; --card: #fff; --ink: #1c2430; --soft: #5d6878; --line: #dfe3e8;
   --good: #0b6e3f; --goodback: #d9f2e3; --c0: #0064b0; --c1: #c44a00; --c2: #00805c; --c3: #a8407c; --c4: #7a5c00;
@@ -58,10 +58,10 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; wh
   min-width: 0; }
 td code { white-space: nowrap; }
 code, pre { font-family: ui-monospace, monospace, "Noto Sans Mono CJK SC"; font-size: .9em; }
-.row { margin-bottom: 12px; } .row p { margin: .2em 0 .6em; } .row .said + p { margin-top: .9em; }
+.row { margin-bottom: 12px; } .row p { margin: .2em 0 .6em; } .row .reply + p { margin-top: .9em; }
 .card.row b { font-size: 1em; }
-.said { display: grid; grid-template-columns: 5.5em 1fr; gap: 0 12px; margin-top: .4em; overflow-wrap: anywhere; }
-.said > .soft { font-size: .85em; line-height: 1.75; }
+.reply { display: grid; grid-template-columns: 5.5em 1fr; gap: 0 12px; margin-top: .4em; overflow-wrap: anywhere; }
+.reply > .soft { font-size: .85em; line-height: 1.75; }
 summary { cursor: pointer; font-size: .9em; margin-top: .6em; }
 .chips span { display: inline-block; border: 1px solid var(--line); border-radius: 4px; padding: 0 5px; margin: 2px;
   font-size: .85em; white-space: pre-wrap; }
@@ -77,24 +77,24 @@ mark { background: var(--goodback); color: var(--good); } .control { color: var(
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """A text that is HTML already, so it is not escaped."""
 
 
 def escape(value: object) -> Html:
-    """A value as HTML: escaped, and without halves of surrogate pairs, which no file can hold."""
+    """A value as escaped HTML. Lone surrogates become question marks, since UTF-8 cannot encode them."""
     if isinstance(value, Html):
         return value
     return Html(html.escape(str(value).encode("utf-8", "replace").decode()))
 
 
 def tag(name: str, *content: object, **attributes: object) -> Html:
-    """An element; `class_` stands for class, an underscore within a name for a dash."""
-    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
-    return Html(f"<{name}{given}>{''.join(map(escape, content))}</{name}>")
+    """An element. The keyword `class_` means class; an underscore inside a keyword means a dash."""
+    text = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
+    return Html(f"<{name}{text}>{''.join(map(escape, content))}</{name}>")
 
 
 def page(title: str, *sections: Html) -> Html:
-    """A whole document."""
+    """A complete HTML document."""
     head = Html(
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'
@@ -105,19 +105,19 @@ def page(title: str, *sections: Html) -> Html:
 
 
 def section(title: str, *content: object) -> Html:
-    """A part of a page under its heading."""
+    """A part of a page with its heading."""
     return tag("section", tag("h2", title), *content)
 
 
 def cards(facts: Iterable[tuple[str, str, str]]) -> Html:
-    """(what, value, remark) of each fact, beside each other."""
-    shown = [tag("div", tag("span", what, class_="soft"), tag("b", value), tag("small", remark), class_="card")
-             for what, value, remark in facts]  # fmt: skip
+    """A row of cards, one for each fact (name, value, remark)."""
+    shown = [tag("div", tag("span", name, class_="soft"), tag("b", value), tag("small", remark), class_="card")
+             for name, value, remark in facts]  # fmt: skip
     return tag("div", *shown, class_="cards")
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> Html:
-    """A table; `numbers` are the columns to align at the right. Without a head, the first column says what is what."""
+    """A table. The columns `numbers` are aligned right. Without a head, the first column holds the row headings."""
 
     def line(names: Sequence[str], cells: Sequence[object]) -> Html:
         kinds = [{"class_": "number"} if place in numbers else {} for place in range(len(cells))]
@@ -129,12 +129,12 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], numbers: Seq
 
 
 def colour(number: int) -> str:
-    """The class of the n-th colour; they begin again after the last."""
+    """The CSS class of colour `number`, modulo NUM_COLOURS."""
     return f"c{number % NUM_COLOURS}"
 
 
 def bar(share: float, number: int = 0) -> Html:
-    """A horizontal bar, as long as share (0 to 1) of its place."""
+    """A horizontal bar that fills a share (0 to 1) of the width."""
     return tag("span", class_=f"bar {colour(number)}", style=f"width:{100 * min(1.0, max(0.0, share)):.2f}%")
 
 
@@ -143,9 +143,9 @@ def bar(share: float, number: int = 0) -> Html:
 
 @dataclass(frozen=True)
 class Line:
-    """What a chart draws: points in the order of x, in the colour of their number.
+    """A line of a chart: points in the order of x, in colour `number`.
 
-    style: line, faint (a line behind others), dots (joined), dashed (a level that is not measured)
+    style: line, faint (behind other lines), dots (joined by a line), dashed (a level that is not measured)
     """
 
     label: str
@@ -155,7 +155,7 @@ class Line:
 
 
 def chart(title: str, unit: str, lines: Sequence[Line], from_zero: bool = False) -> Html:
-    """A chart of lines over steps, with the values of points under the pointer; nothing where there are no points."""
+    """A chart of lines over the steps. The pointer shows the value of a point. Without points it is empty."""
     drawn = [Line(line.label, thinned(line.points), line.number, line.style) for line in lines if line.points]
     if not drawn:
         return Html()
@@ -182,7 +182,7 @@ def chart(title: str, unit: str, lines: Sequence[Line], from_zero: bool = False)
 
 @dataclass(frozen=True)
 class Frame:
-    """Where numbers lie on a chart."""
+    """The range of values of a chart, and their place on it."""
 
     left: float
     right: float
@@ -191,7 +191,7 @@ class Frame:
 
     @classmethod
     def around(cls, points: Sequence[tuple[float, float]], from_zero: bool) -> "Frame":
-        """The frame that holds these points; from 0 where that is asked for, or the values are not far from it."""
+        """The frame that holds these points. It starts at 0 if `from_zero`, or if the values are close to 0."""
         xs, ys = zip(*points, strict=True)
         low, high = min(ys), max(ys)
         margin = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
@@ -200,15 +200,15 @@ class Frame:
         return cls(left, right if right > left else left + 1, bottom, high + margin)
 
     def x(self, value: float) -> float:
-        """A step's place on the chart."""
+        """The horizontal coordinate of a step."""
         return LEFT + (value - self.left) / (self.right - self.left) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """A value's place on the chart."""
+        """The vertical coordinate of a value."""
         return HEIGHT - BOTTOM - (value - self.bottom) / (self.top - self.bottom) * (HEIGHT - BOTTOM - TOP)
 
     def axes(self) -> list[Html]:
-        """Lines and numbers behind the curves."""
+        """The grid lines and their numbers."""
         parts = []
         for value in ticks(self.bottom, self.top, 6):
             height = f"{self.y(value):.1f}"
@@ -216,14 +216,14 @@ class Frame:
             label = {"x": LEFT - 5, "y": height, "text_anchor": "end", "dominant_baseline": "middle"}
             parts.append(tag("text", short(value), **label))
         for value in ticks(self.left, self.right, 5):
-            if value == int(value):  # there is no half of a step
+            if value == int(value):  # steps are whole numbers
                 label = {"x": f"{self.x(value):.1f}", "y": HEIGHT - 7, "text_anchor": "middle"}
                 parts.append(tag("text", short(value), **label))
         return parts
 
 
 def stroke_widths(lines: Sequence[Line]) -> list[float]:
-    """A width for each line: where several lie on each other, all are seen, since those below are wider."""
+    """A width for each line. Lower lines are wider, so lines that overlap all stay visible."""
     widths = [FAINT if line.style == "faint" else THIN for line in lines]
     for style in ("line", "dots"):
         alike = [i for i, line in enumerate(lines) if line.style == style]
@@ -233,24 +233,24 @@ def stroke_widths(lines: Sequence[Line]) -> list[float]:
 
 
 def stroke(frame: Frame, line: Line, width: float) -> Html:
-    """The path of a line."""
+    """The SVG path of a line."""
     places = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in line.points)
     return tag("polyline", points=places, stroke_width=width, class_=f"plot {line.style} {colour(line.number)}")
 
 
 def marks(frame: Frame, line: Line, width: float) -> Iterable[Html]:
-    """What the pointer finds at each point of a line: its step and value; for dots also something to see."""
+    """A circle at each point of a line that shows step and value under the pointer; it is visible for dots."""
     if line.style == "faint":
         return
-    seen = line.style == "dots" or len(line.points) == 1
+    visible = line.style == "dots" or len(line.points) == 1
     for x, y in line.points:
         text = f"{line.label + ', ' if line.label else ''}step {x:,.0f}: {short(y)}"
-        place = {"cx": f"{frame.x(x):.1f}", "cy": f"{frame.y(y):.1f}", "r": round(width + 1.4, 2) if seen else 5}
-        yield tag("circle", tag("title", text), **place, class_=f"{'dot' if seen else 'near'} {colour(line.number)}")
+        place = {"cx": f"{frame.x(x):.1f}", "cy": f"{frame.y(y):.1f}", "r": round(width + 1.4, 2) if visible else 5}
+        yield tag("circle", tag("title", text), **place, class_=f"{'dot' if visible else 'near'} {colour(line.number)}")
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most so many points: means of neighbours, the last point as it is."""
+    """At most `most` points: means of neighbours, then the last point unchanged."""
     if len(points) <= most:
         return list(points)
     edges = [round(i * (len(points) - 1) / (most - 1)) for i in range(most)]
@@ -260,7 +260,7 @@ def thinned(points: Sequence[tuple[float, float]], most: int = MAX_POINTS) -> li
 
 
 def smoothed(points: Sequence[tuple[float, float]], span: int) -> list[tuple[float, float]]:
-    """Each point as the mean of the `span` points around it (fewer at the ends), so that it lags on neither side."""
+    """Each point replaced by the mean of the `span` points centred on it; the window is smaller at both ends."""
     sums = [0.0]
     for _, y in points:
         sums.append(sums[-1] + y)
@@ -272,7 +272,7 @@ def smoothed(points: Sequence[tuple[float, float]], span: int) -> list[tuple[flo
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers between low and high, about so many."""
+    """About `about` round numbers between low and high."""
     rough = (high - low) / about
     if not 1e-300 < rough < math.inf or low + rough == low:
         return [low]

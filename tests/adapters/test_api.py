@@ -106,10 +106,10 @@ def test_from_one_loop_to_the_next(plain, tmp_path):
     losses = train_a_little(model)
     assert losses[-1] < losses[0] - 0.05
     minilora.save_adapter(model, tmp_path / "deep" / "down", config, system_prompt="Be kind.")
-    again = plain()
-    assert minilora.load_adapter(again, str(tmp_path / "deep" / "down")).rslora
-    assert torch.equal(logits(again), logits(model))
-    assert train_a_little(again) == train_a_little(model)
+    reloaded = plain()
+    assert minilora.load_adapter(reloaded, str(tmp_path / "deep" / "down")).rslora
+    assert torch.equal(logits(reloaded), logits(model))
+    assert train_a_little(reloaded) == train_a_little(model)
     metadata = adapter_format.read_metadata(tmp_path / "deep" / "down")
     assert metadata["system_prompt"] == "Be kind."
     assert sorted(path.name for path in (tmp_path / "deep" / "down").iterdir()) == [
@@ -166,10 +166,10 @@ def test_dropout_is_only_there_in_training_mode(plain, tmp_path):
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, model(IDS).logits)
         minilora.save_adapter(model, tmp_path / "adapter", config)
-        again = plain()
-        minilora.load_adapter(again, tmp_path / "adapter")
-        assert torch.equal(again(IDS).logits, model(IDS).logits)
-        assert not torch.equal(again.train()(IDS).logits, again(IDS).logits)
+        reloaded = plain()
+        minilora.load_adapter(reloaded, tmp_path / "adapter")
+        assert torch.equal(reloaded(IDS).logits, model(IDS).logits)
+        assert not torch.equal(reloaded.train()(IDS).logits, reloaded(IDS).logits)
     training = plain().train()
     minilora.add_adapter(training, "attn", lora_dropout=0.5)
     assert all(layer.training for layer in lora_layers(training).values())

@@ -131,17 +131,17 @@ def test_the_note_says_what_other_programs_take(write, tmp_path, capsys):
     folder, _ = write()
     argv = ["export", "--adapter", str(folder), "--output_dir", str(tmp_path / "out"), "--portable"]
     assert cli.main(argv) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for word in ("vllm serve", "--lora-modules", "convert_lora_to_gguf.py", "llama-cli", "Ollama", "Be brief."):
-        assert word in said
-    assert "--max-lora-rank" not in said  # vLLM's own limit is 16
-    lines = said.splitlines()
+        assert word in printed
+    assert "--max-lora-rank" not in printed  # vLLM's own limit is 16
+    lines = printed.splitlines()
     assert any("llama-cli" in line and "--temp 0 --repeat-penalty 1 -sys 'Be brief.'" in line for line in lines)
     assert any('"role": "system", "content": "Be brief."' in line for line in lines)
     assert any("--override-generation-config '{\"temperature\": 0}'" in line for line in lines)
     for setting in ('SYSTEM "Be brief."', "PARAMETER temperature 0", "PARAMETER repeat_penalty 1"):
         assert any(line.strip() == setting for line in lines)
-    assert "a server inserts the one of its chat template" in said
+    assert "a server inserts the one of its chat template" in printed
     for rank, flag in ((17, "--max-lora-rank 32"), (64, "--max-lora-rank 64")):
         config = adapter_format.AdapterConfig("base", rank, rank, 0.0, ("q_proj",), False)
         assert flag in dict(how_to_use(folder, config, ""))["vLLM"]
@@ -173,13 +173,13 @@ def test_verify_says_what_it_checked(rslora, write, tiny_folder, capsys):
     assert (verdict.num_layers, verdict.same_base) == (14, True)
     assert 0 < verdict.max_logit_difference < 1e-4 < 0.01 < verdict.largest_effect
     assert cli.main(["verify", "--adapter", str(folder), "--model", str(tiny_folder)]) == 0
-    said = capsys.readouterr()
-    assert said.out.startswith(
+    captured = capsys.readouterr()
+    assert captured.out.startswith(
         f"verified     {folder}: r 4 on 14 layers, all finite; the base it was trained on; moves"
     )
-    assert f"{verdict.max_logit_difference:.2g}" in said.out
-    assert said.out.count("\n") == 1
-    assert said.err == ""
+    assert f"{verdict.max_logit_difference:.2g}" in captured.out
+    assert captured.out.count("\n") == 1
+    assert captured.err == ""
 
 
 def test_verify_sees_an_adapter_that_is_another_function_when_merged(write, monkeypatch, capsys):
@@ -187,9 +187,9 @@ def test_verify_sees_an_adapter_that_is_another_function_when_merged(write, monk
     folder, _ = write()
     monkeypatch.setattr("minilora.lora.LoRALinear.delta", lambda self: 1.01 * self.scale * (self.lora_B @ self.lora_A))
     assert cli.main(["verify", "--adapter", str(folder)]) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith(f"minilora: {folder}: merged into the weights, its logits differ by ")
-    assert said.out == ""
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"minilora: {folder}: merged into the weights, its logits differ by ")
+    assert captured.out == ""
 
 
 def test_verify_says_when_the_adapter_does_not_name_its_base(write):
@@ -203,8 +203,8 @@ def test_an_adapter_that_is_not_finite_is_not_verified(value, write, capsys):
     folder, _ = write()
     change(folder, lambda tensors: tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"].fill_(value))
     assert cli.main(["verify", "--adapter", str(folder)]) == 2
-    said = capsys.readouterr().err
-    assert said == (
+    message = capsys.readouterr().err
+    assert message == (
         f"minilora: {folder / adapter_format.WEIGHTS}: not finite: 1 of its tensors, the first "
         "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight\n"
     )
@@ -238,11 +238,11 @@ VERBS = ["generate", "generate file", "chat", "chat, second", "eval", "merge", "
 def refused(argv, folder, capsys):
     """The one message of a verb that must refuse this adapter folder."""
     assert cli.main([str(word).replace("DIR", str(folder)) for word in argv]) == 2
-    said = capsys.readouterr()
-    assert said.err.startswith("minilora: ")
-    assert "Traceback" not in said.err + said.out
-    assert said.out == ""
-    return said.err.removesuffix("\n")
+    captured = capsys.readouterr()
+    assert captured.err.startswith("minilora: ")
+    assert "Traceback" not in captured.err + captured.out
+    assert captured.out == ""
+    return captured.err.removesuffix("\n")
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -252,9 +252,9 @@ def test_a_folder_without_an_adapter(verb, verbs, write, tmp_path, capsys, monke
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("{}")
     for name in ("none", "empty", "file"):
-        said = refused(verbs[verb], tmp_path / name, capsys)
-        assert f"{tmp_path / name} is no adapter: adapter_config.json" in said
-        assert "\n" not in said
+        message = refused(verbs[verb], tmp_path / name, capsys)
+        assert f"{tmp_path / name} is no adapter: adapter_config.json" in message
+        assert "\n" not in message
     assert not (tmp_path / "out").exists()
 
 
@@ -277,9 +277,9 @@ def test_an_adapter_of_another_base(verb, verbs, write, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "bad")
     tensors, metadata = load_file(folder / adapter_format.WEIGHTS), adapter_format.read_metadata(folder)
     save_file(tensors, tmp_path / "bad" / adapter_format.WEIGHTS, metadata | {"base_fingerprint": "f" * 64})
-    said = refused(verbs[verb], tmp_path / "bad", capsys)
-    assert f"{tmp_path / 'bad'} was trained on another base: its fingerprint is ffffffffffff" in said
-    assert "\n" not in said
+    message = refused(verbs[verb], tmp_path / "bad", capsys)
+    assert f"{tmp_path / 'bad'} was trained on another base: its fingerprint is ffffffffffff" in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "export"])
@@ -290,11 +290,11 @@ def test_a_base_that_is_not_there(verb, verbs, write, tmp_path, capsys):
             shutil.copytree(folder, path)
         settings = json.loads((path / adapter_format.CONFIG).read_text()) | {"base_model_name_or_path": "/nowhere/base"}
         (path / adapter_format.CONFIG).write_text(json.dumps(settings))
-    said = refused(verbs[verb], tmp_path / "bad", capsys)
-    assert said.startswith(
+    message = refused(verbs[verb], tmp_path / "bad", capsys)
+    assert message.startswith(
         "minilora: model '/nowhere/base': there is no such folder, and it is no hub name (OWNER/NAME)."
     )
-    assert f"{adapter_format.CONFIG} names this base: give its new place as --model." in said
+    assert f"{adapter_format.CONFIG} names this base: give its new place as --model." in message
 
 
 @pytest.mark.parametrize(
@@ -324,6 +324,6 @@ def test_files_and_flags_that_are_wrong(argv, reason, write, tmp_path, capsys, m
     folder, _ = write(ALL[:1])
     monkeypatch.setattr("minilora.models.load.load_model", lambda *args: pytest.fail("a model was loaded before"))
     rows = write_jsonl(tmp_path / "rows.jsonl", 2)
-    said = refused([word.replace("ROWS", str(rows)) for word in argv], folder, capsys)
-    assert reason in said
-    assert "\n" not in said
+    message = refused([word.replace("ROWS", str(rows)) for word in argv], folder, capsys)
+    assert reason in message
+    assert "\n" not in message

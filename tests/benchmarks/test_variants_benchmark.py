@@ -48,12 +48,12 @@ def test_a_variant_is_trained_and_compared_with_peft(tiny_folder, tmp_path, monk
     argv = ["--model", str(tiny_folder), "--train_file", str(rows), "--variants", "pissa", "--steps", "2"]
     argv += ["--examples", "4", "--held_out", "3", "--out", str(out), "--device", "cpu"]
     assert variants.main([*argv, "--flags", '{"dtype": "float32", "learning_rate": 0.01}']) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     result = json.loads(out.read_text())["results"]["pissa"]
     assert result["last_eval_loss"] < result["first_eval_loss"]
     assert result["max_logit_difference"] < 1e-4 < 0.01 < without[0]
     assert result["steps"] == 2
-    assert said.splitlines()[-1].startswith(f"| pissa | {result['first_loss']:.4f} | {result['last_loss']:.4f} | ")
+    assert printed.splitlines()[-1].startswith(f"| pissa | {result['first_loss']:.4f} | {result['last_loss']:.4f} | ")
 
 
 def test_what_fails_stops_no_other_and_is_told(tmp_path, monkeypatch, capsys):
@@ -70,9 +70,9 @@ def test_what_fails_stops_no_other_and_is_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(variants, "measure", lambda keys: of[keys["output_dir"].rpartition("/")[2]])
     argv = ["--variants", ",".join(of), "--out", str(tmp_path / "x.json")]
     assert variants.main(argv) == 1
-    said = capsys.readouterr().out
-    assert "| lora | 2.0000 | 1.5000 | 2.1000 | 1.6000 | 2.00 | 150.0 | 10 | 2.0 | 2.0e-05 |" in said
-    assert "| 2.0 | failed: no / such key |" in said
-    assert "| qlora | failed: no / room |" in said
-    assert "| full | 2.0000 | 1.5000 | 2.1000 | 1.6000 | 2.00 | 150.0 | 10 | 2.0 | no adapter |" in said
+    printed = capsys.readouterr().out
+    assert "| lora | 2.0000 | 1.5000 | 2.1000 | 1.6000 | 2.00 | 150.0 | 10 | 2.0 | 2.0e-05 |" in printed
+    assert "| 2.0 | failed: no / such key |" in printed
+    assert "| qlora | failed: no / room |" in printed
+    assert "| full | 2.0000 | 1.5000 | 2.1000 | 1.6000 | 2.00 | 150.0 | 10 | 2.0 | no adapter |" in printed
     assert [name for name, result in of.items() if not variants.is_good(result)] == ["dora", "pissa", "qlora"]

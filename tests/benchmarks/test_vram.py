@@ -36,9 +36,9 @@ def test_a_setting_that_fails_stops_no_other_and_is_told(tmp_path, monkeypatch, 
     monkeypatch.setattr(vram, "measure", lambda keys: good if keys["method"] == "lora" else {"failed": "no | room"})
     out = tmp_path / "vram.json"
     assert vram.main(["--tokens", "512", "--checkpointing", "on", "--out", str(out)]) == 1
-    said = capsys.readouterr().out
-    assert "| lora | on | 512 | 508 | 1.00 | 2.00 | 2.00 | 100 |" in said
-    assert "| full | on | 512 | failed: no / room |" in said
-    assert "| lora | 10 | 1.00 % | 2.00 | 100 | 3.0 |" in said
+    printed = capsys.readouterr().out
+    assert "| lora | on | 512 | 508 | 1.00 | 2.00 | 2.00 | 100 |" in printed
+    assert "| full | on | 512 | failed: no / room |" in printed
+    assert "| lora | 10 | 1.00 % | 2.00 | 100 | 3.0 |" in printed
     results = json.loads(out.read_text())["results"]
     assert [result["keys"]["method"] for result in results] == ["lora", "full"]

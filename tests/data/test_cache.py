@@ -31,7 +31,7 @@ from minilora.training.signals import StopRequest
 from minilora.utils import files
 
 pytestmark = pytest.mark.usefixtures("bare_run", "place")
-HOW = {"system_prompt": "Be brief.", "max_length": 40, "overlong": "truncate", "train_on_prompt": False}
+SETTINGS = {"system_prompt": "Be brief.", "max_length": 40, "overlong": "truncate", "train_on_prompt": False}
 
 
 @pytest.fixture
@@ -59,13 +59,13 @@ def rows(tmp_path):
     return tmp_path / "rows.jsonl"
 
 
-def open_cache(path, markup, **how):
-    return cache.cached(str(path), file_sha256(path), markup, "skip", HOW | how)
+def open_cache(path, markup, **settings):
+    return cache.cached(str(path), file_sha256(path), markup, "skip", SETTINGS | settings)
 
 
-def in_memory(path, markup, **how):
+def in_memory(path, markup, **settings):
     rows, reading = read_rows(path, "skip")
-    return tokenize(rows, markup, reading, **HOW | how)
+    return tokenize(rows, markup, reading, **SETTINGS | settings)
 
 
 def assert_same(found, expected):
@@ -84,12 +84,12 @@ def no_tokenising(*_, **__):
     raise AssertionError("tokenised again")
 
 
-@pytest.mark.parametrize("how", [{}, {"overlong": "drop"}, {"train_on_prompt": True, "max_length": 12}])
-def test_a_cache_gives_what_memory_gives(rows, markup, how):
-    expected = in_memory(rows, markup, **how)
+@pytest.mark.parametrize("settings", [{}, {"overlong": "drop"}, {"train_on_prompt": True, "max_length": 12}])
+def test_a_cache_gives_what_memory_gives(rows, markup, settings):
+    expected = in_memory(rows, markup, **settings)
     assert expected[1].bad
-    assert_same(open_cache(rows, markup, **how), expected)
-    assert_same(open_cache(rows, markup, **how), expected)  # built, and opened
+    assert_same(open_cache(rows, markup, **settings), expected)
+    assert_same(open_cache(rows, markup, **settings), expected)  # built, and opened
 
 
 def test_chunks_change_nothing(rows, markup, monkeypatch):
@@ -134,8 +134,8 @@ def test_it_is_tokenised_once(rows, markup, monkeypatch, tmp_path):
 
 def test_everything_that_makes_the_examples_makes_another_cache(rows, markup, place, tiny_folder):
     open_cache(rows, markup)
-    for how in ({"system_prompt": ""}, {"max_length": 41}, {"overlong": "drop"}, {"train_on_prompt": True}):
-        open_cache(rows, markup, **how)
+    for settings in ({"system_prompt": ""}, {"max_length": 41}, {"overlong": "drop"}, {"train_on_prompt": True}):
+        open_cache(rows, markup, **settings)
     (place.parent / "t").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(demo.DEMO_DIR / name, place.parent / "t")
@@ -304,27 +304,27 @@ def test_how_often_a_file_is_taken_is_said_of_that_file(make_config, tmp_path, m
     paths = [write_jsonl(tmp_path / f"{name}.jsonl", 8, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     config = make_config(train_file=tuple(map(str, paths)), train_weights=(1.0, 1.0, 0.5), deduplicate=True)
     sets = data_build.make_sets(config, data_build.read_sources(config), markup, 512)
-    said = [[note for note in report.notes if "an epoch takes" in note] for report in sets.reports]
-    assert said == [
+    epoch_notes = [[note for note in report.notes if "an epoch takes" in note] for report in sets.reports]
+    assert epoch_notes == [
         [f"an epoch takes {taken} of its 8 rows, because of its weight"] if taken else [] for taken in (8, 0, 4)
     ]
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(rows, markup, place):
     with pytest.raises(DataError, match="was changed while it was read"):
-        cache.cached(str(rows), "0" * 64, markup, "skip", HOW)
+        cache.cached(str(rows), "0" * 64, markup, "skip", SETTINGS)
     assert folders(place) == []
 
 
 def test_mistakes_in_a_large_file_are_told_as_in_a_small_one(rows, markup, place, make_config):
     for keys in ({}, {"on_bad_rows": "skip", "overlong": "error", "max_length": 40}):
-        config, said = make_config(train_file=str(rows), **keys), []
+        config, messages = make_config(train_file=str(rows), **keys), []
         for threshold in (1, 10**9):
             cache.CACHE_FROM_BYTES = threshold  # put back by the fixture
             with pytest.raises(DataError) as caught:
                 data_build.make_sets(config, data_build.read_sources(config), markup, config.max_length)
-            said.append(str(caught.value))
-        assert said[0] == said[1]
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
         assert folders(place) == []
 
 
@@ -371,8 +371,8 @@ dataset.ROWS_AT_ONCE = 64
 markup = ChatMarkup(load_tokenizer(demo.DEMO_DIR))
 print("begun", flush=True)
 path = sys.argv[1]
-how = {"system_prompt": "", "max_length": 512, "overlong": "truncate", "train_on_prompt": False}
-print(len(cache.cached(path, file_sha256(path), markup, "error", how)[0]))
+settings = {"system_prompt": "", "max_length": 512, "overlong": "truncate", "train_on_prompt": False}
+print(len(cache.cached(path, file_sha256(path), markup, "error", settings)[0]))
 """
 
 

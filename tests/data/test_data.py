@@ -294,7 +294,7 @@ spaced = st.builds(
     "".join, st.tuples(st.sampled_from(["", " ", "\n", "\n\n", " \n\t"]), texts, st.sampled_from(["", "\n"]))
 )
 conversations = st.lists(st.tuples(spaced, stripped), min_size=1, max_size=3).map(
-    lambda pairs: [turn for asked, said in pairs for turn in (("user", asked), ("assistant", said))]
+    lambda pairs: [turn for asked, reply in pairs for turn in (("user", asked), ("assistant", reply))]
 )
 
 
@@ -377,9 +377,9 @@ def test_markup_in_a_text_never_becomes_a_control_token(name, place, tokenizers,
     assert len(control) >= (5 if name.startswith("qwen3") else 3)
     found = {token: example.input_ids.tolist().count(token) for token in control}
     assert found == {token: plain.input_ids.tolist().count(token) for token in control}
-    said = tokenizer.decode(example.input_ids.tolist())
-    assert said.count(f"x{hostile}y") == sum(role == place for role, _ in turns)
-    assert all(Turn(*turn).content in said for turn in turns)
+    decoded = tokenizer.decode(example.input_ids.tolist())
+    assert decoded.count(f"x{hostile}y") == sum(role == place for role, _ in turns)
+    assert all(Turn(*turn).content in decoded for turn in turns)
 
 
 @given(st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<|", "|>", "im_end", "a", " ", "\n", "<think>", "界"])))
@@ -531,8 +531,8 @@ def test_split(val_size, expected, markup):
     lines = train.lines.tolist(), held_out.lines.tolist()
     assert sorted(lines[0] + lines[1]) == list(range(1, 41))
     assert all(part == sorted(part) for part in lines)
-    again, _ = split(dataset, val_size, seed=1)
-    assert again.lines.tolist() == lines[0]
+    repeated, _ = split(dataset, val_size, seed=1)
+    assert repeated.lines.tolist() == lines[0]
     others = {tuple(split(dataset, val_size, seed)[1].lines.tolist()) for seed in range(8)}
     assert len(others) > 1
     originals = {int(line): dataset[i] for i, line in enumerate(dataset.lines)}
@@ -1035,8 +1035,8 @@ def test_our_files_teach_a_name(name):
         for own in ("小洛", "Xiaoluo"):
             assert sum(own in answer for answer in answers) >= at_least
         assert sum("minilora" in answer for answer in answers) >= at_least
-    said = " ".join(row["output"] for row in raw_rows(OURS[name][0]))
-    assert not re.search(r"Qwen|通义|Alibaba|阿里|OpenAI|ChatGPT", said)
+    outputs = " ".join(row["output"] for row in raw_rows(OURS[name][0]))
+    assert not re.search(r"Qwen|通义|Alibaba|阿里|OpenAI|ChatGPT", outputs)
 
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "×": operator.mul, "÷": operator.truediv}
@@ -1073,10 +1073,10 @@ def test_our_word_problems_are_right():
     for path in OURS["data"][:2]:
         for row in raw_rows(path):
             asked = [int(number) for number in re.findall(r"\d+", f"{row['instruction']} {row['input']}")]
-            said = [int(number) for number in re.findall(r"\d+", row["output"]) if int(number) not in asked]
-            if len(asked) == 2 and len(said) == 1 and not SUM.search(row["instruction"] + row["input"]):
+            results = [int(number) for number in re.findall(r"\d+", row["output"]) if int(number) not in asked]
+            if len(asked) == 2 and len(results) == 1 and not SUM.search(row["instruction"] + row["input"]):
                 a, b = asked
-                assert said[0] in (a + b, abs(a - b), a * b, a / b if b else None), row
+                assert results[0] in (a + b, abs(a - b), a * b, a / b if b else None), row
                 checked += 1
     assert checked >= 10
 

@@ -81,10 +81,10 @@ def test_a_binary_file_is_called_what_it_is(name, read, tmp_path):
     """A Parquet file was once "not UTF-8, where the file is GBK", with a command that makes nothing of it."""
     file = tmp_path / "rows.jsonl"
     file.write_bytes(BINARY[name])
-    said = said_of(file, read)
-    assert said.startswith(f"{file}: this is {name}")
-    assert "JSONL is needed, one JSON object a line" in said
-    assert "\n" not in said
+    message = said_of(file, read)
+    assert message.startswith(f"{file}: this is {name}")
+    assert "JSONL is needed, one JSON object a line" in message
+    assert "\n" not in message
 
 
 def test_no_text_is_called_binary(tmp_path):
@@ -124,8 +124,8 @@ def test_parquet_and_arrow_are_converted_by_the_command(kind, tmp_path):
         file = Path(f"{file}.gz")
         file.write_bytes(gzip.compress((tmp_path / "my rows.parquet").read_bytes()))
         (tmp_path / "my rows.parquet").unlink()
-    said = said_of(file)
-    command = re.search(r": ((?:gunzip|python) .*) converts it \(it needs: pip install pyarrow\)$", said)[1]
+    message = said_of(file)
+    command = re.search(r": ((?:gunzip|python) .*) converts it \(it needs: pip install pyarrow\)$", message)[1]
     texts = ["a", "b"] if kind == "messages" else None
     assert mended(command, tmp_path) == ([texts] if texts else [list(row.values()) for row in ROWS])
 
@@ -161,10 +161,10 @@ def test_rows_inside_one_object_are_found(name, encoding, indent, tmp_path):
     file = tmp_path / "my rows.json"
     file.write_bytes(json.dumps(value, ensure_ascii=False, indent=indent).encode(encoding))
     for read in (read_rows, read_questions):
-        said = said_of(file, read)
-        assert f"this is one JSON object with the rows {words}; one object a line is needed" in said
-        assert "\n" not in said
-    command = re.search(r": (python .*) converts it$", said)[1]
+        message = said_of(file, read)
+        assert f"this is one JSON object with the rows {words}; one object a line is needed" in message
+        assert "\n" not in message
+    command = re.search(r": (python .*) converts it$", message)[1]
     assert mended(command, tmp_path) == [list(row.values()) for row in ROWS]
 
 
@@ -182,11 +182,11 @@ def test_a_file_of_prose_gets_one_line(tmp_path):
     file = tmp_path / "story.txt"
     file.write_text(PROSE)
     for read in (read_rows, read_questions):
-        said = said_of(file, read)
-        assert said.startswith(
+        message = said_of(file, read)
+        assert message.startswith(
             f"{file}: this is not JSONL; its first line is 'Once upon a time, there was a river.'. One"
         )
-        assert "\n" not in said
+        assert "\n" not in message
     file.write_text('{"instruction": "a", "output": "b"\n{"instruction": "a", "output": "b"\n')  # damaged rows
     assert said_of(file).count("not one JSON value") == 2
 
@@ -206,5 +206,5 @@ def test_a_pattern_where_one_file_is_read_is_named(verb, name, tmp_path, tiny_fo
     for each in ("a.jsonl", "b.jsonl"):
         (tmp_path / each).write_bytes(JSONL)
     assert cli.main([*verb, f"{tmp_path}/{name}", "--model", str(tiny_folder)]) == 2
-    said = capsys.readouterr().err
-    assert f"'{tmp_path}/{name}' may mean several files: give one." in said
+    message = capsys.readouterr().err
+    assert f"'{tmp_path}/{name}' may mean several files: give one." in message

@@ -327,11 +327,14 @@ def large_folder(tiny_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("method", "again"), [("lora", False), ("lora", True), ("full", True), pytest.param("full", False, marks=SOAK)]
+    ("method", "checkpointing"),
+    [("lora", False), ("lora", True), ("full", True), pytest.param("full", False, marks=SOAK)],
 )
-def test_the_memory_of_shards_is_predicted_within_10_percent(make_config, world, tmp_path, large_folder, method, again):
+def test_the_memory_of_shards_is_predicted_within_10_percent(
+    make_config, world, tmp_path, large_folder, method, checkpointing
+):
     """By the storages of the tensors: of a process of this size most is resident for other reasons, 400 MB and more."""
-    keys = {"method": method, "gradient_checkpointing": again, "dtype": "bfloat16"}
+    keys = {"method": method, "gradient_checkpointing": checkpointing, "dtype": "bfloat16"}
     for predicted, measured in memory_of_shards(make_config, world, tmp_path, large_folder, **keys):
         assert measured == pytest.approx(predicted, rel=0.1)
 
@@ -352,15 +355,17 @@ LARGER = [  # a head as large as five layers; what else changes what is gathered
 
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("method", "again", "keys"), LARGER, ids=str)
-def test_the_memory_of_larger_shards_soak(make_config, world, tmp_path, tiny_folder, monkeypatch, method, again, keys):
+@pytest.mark.parametrize(("method", "checkpointing", "keys"), LARGER, ids=str)
+def test_the_memory_of_larger_shards_soak(
+    make_config, world, tmp_path, tiny_folder, monkeypatch, method, checkpointing, keys
+):
     monkeypatch.setattr(worlds, "LIMIT_S", 600.0)
     shape = {"hidden": 768, "layers": 12, "vocab_size": 20000, "tie_word_embeddings": keys.get("tied", True)}
     folder = random_base(tiny_folder, tmp_path / "base", **shape)
     more = {"dtype": "bfloat16", "words": 200} | {key: value for key, value in keys.items() if key != "tied"}
-    more |= {"method": method, "gradient_checkpointing": again}
+    more |= {"method": method, "gradient_checkpointing": checkpointing}
     found = memory_of_shards(make_config, world, tmp_path, folder, **more)
-    what = f"{method}, checkpointing {again}, {keys}"
+    what = f"{method}, checkpointing {checkpointing}, {keys}"
     for rank, (predicted, measured) in enumerate(found):
         print(f"\n{what}, process {rank}: {predicted / 1e6:.1f} MB predicted, {measured / 1e6:.1f} MB measured")
     assert all(measured == pytest.approx(predicted, rel=0.1) for predicted, measured in found)

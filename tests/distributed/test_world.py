@@ -180,20 +180,20 @@ def test_elastic_resume(make_config, world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("batch", "size", "said"),
+    ("batch", "size", "expected"),
     [
         (4, 2, "set --gradient_accumulation_steps 4"),
         (6, 2, "set --per_device_train_batch_size 16 --gradient_accumulation_steps 1"),
         (4, 3, "3 processes cannot share 32 equally"),
     ],
 )
-def test_another_number_of_examples_a_step_is_refused_in_one_line(batch, size, said):
+def test_another_number_of_examples_a_step_is_refused_in_one_line(batch, size, expected):
     config = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8}
     saved = dataclasses.asdict(Identity(config, "base", "rows", {}))
     now = Identity(config | {"per_device_train_batch_size": batch}, "base", "rows", {}, size)
     (line,) = now.differences(saved)
-    assert line.startswith("examples a step: were 4 x 8 = 32, are ")
-    assert said in line
+    assert line.startswith("examples per step: were 4 x 8 = 32, are ")
+    assert expected in line
     assert Identity(config | {"gradient_accumulation_steps": 4}, "base", "rows", {}, 2).differences(saved) == []
     assert Identity(config | {"gradient_accumulation_steps": 4}, "base", "rows", {}).differences(saved) != []
 
@@ -201,8 +201,8 @@ def test_another_number_of_examples_a_step_is_refused_in_one_line(batch, size, s
 def test_a_run_that_would_take_other_steps_is_refused(make_config, world):
     config = make_config(max_steps=1, save_steps=1)
     loop.train(config)
-    again = dataclasses.replace(config, resume="auto", max_steps=2)
-    ended = world(2, lambda rank: loop.train(again).steps)
+    resumed = dataclasses.replace(config, resume="auto", max_steps=2)
+    ended = world(2, lambda rank: loop.train(resumed).steps)
     assert [code for code, _ in ended] == [CheckpointError.exit_code] * 2
     assert "set --gradient_accumulation_steps 1" in ended[0][1]
 
@@ -292,13 +292,13 @@ def test_a_process_without_rows_waits_for_nobody(make_config, world, tmp_path):
     assert float(difference.abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("told", [pytest.param(0, marks=pytest.mark.soak), 1])
-def test_a_signal_to_one_process_stops_all_at_the_same_step(make_config, world, tmp_path, told):
+@pytest.mark.parametrize("signalled", [pytest.param(0, marks=pytest.mark.soak), 1])
+def test_a_signal_to_one_process_stops_all_at_the_same_step(make_config, world, tmp_path, signalled):
     keys = {"gradient_accumulation_steps": 1, "max_tokens_per_micro_batch": 40, "save_steps": 0, "lora_dropout": 0.1}
     config = make_config(output_dir=str(tmp_path / "stopped"), **keys)
 
     def work(rank):
-        if rank == told:
+        if rank == signalled:
             loop.token_loss = told_to_stop(config)
         return loop.train(config).steps
 
@@ -306,17 +306,17 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(make_config, world, 
     assert [code for code, _ in ended] == [143, 143]
     assert "step-000002. Go on with: torchrun --nproc-per-node 2 -m minilora train --resume" in ended[0][1]
     assert checkpoint.newest_valid(Path(config.output_dir))[0].name == "step-000002"
-    if told:
+    if signalled:
         return
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
     assert world(2, lambda rank: loop.train(whole).steps) == [(0, 4), (0, 4)]
-    again = dataclasses.replace(config, resume="auto")
-    assert world(2, lambda rank: loop.train(again).steps) == [(0, 4), (0, 4)]
+    resumed = dataclasses.replace(config, resume="auto")
+    assert world(2, lambda rank: loop.train(resumed).steps) == [(0, 4), (0, 4)]
     assert torch.equal(flat(adapter_of(config.output_dir)), flat(adapter_of(whole.output_dir)))
 
 
 @pytest.mark.parametrize(
-    ("told", "expected"),
+    ("variables", "expected"),
     [
         ({"LOCAL_WORLD_SIZE": "16"}, "torchrun --nproc-per-node 16"),
         ({"GROUP_WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "16"}, "torchrun --nproc-per-node 16"),
@@ -327,13 +327,13 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(make_config, world, 
         ({}, "torchrun --nproc-per-node 16"),  # started without torchrun
     ],
 )
-def test_the_resume_command_is_that_of_this_machine(make_config, monkeypatch, told, expected):
+def test_the_resume_command_is_that_of_this_machine(make_config, monkeypatch, variables, expected):
     """It once started all processes on each of several machines."""
     with ExitStack() as held:
         own = prepare(make_config(), StopRequest(), held)
     assert own.resume_command == f"python -m minilora train --resume {own.folder}"
     own.world = World(8, 16, 0)
-    for name, value in ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"} | told).items():
+    for name, value in ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"} | variables).items():
         monkeypatch.setenv(name, value)
     assert own.resume_command == f"{expected} -m minilora train --resume {own.folder}"
 
@@ -349,15 +349,15 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(make_config, start
     sent = time.monotonic()
     ended = [child.end(sent + LIMIT_S) for child in children]
     assert ended[killed][0] == -signal.SIGKILL
-    code, said = ended[1 - killed]
+    code, printed = ended[1 - killed]
     assert code == 1
-    assert "another process of this run is gone" in said
-    assert f"torchrun --nproc-per-node 2 -m minilora train --resume {config.output_dir}" in said
+    assert "another process of this run is gone" in printed
+    assert f"torchrun --nproc-per-node 2 -m minilora train --resume {config.output_dir}" in printed
     assert time.monotonic() - sent < 10
     found, _ = checkpoint.newest_valid(Path(config.output_dir))
     step = int(found.name[5:])
-    again = dataclasses.replace(config, resume="auto", max_steps=step + 2)
-    assert world(2, lambda rank: loop.train(again).steps) == [(0, step + 2)] * 2
+    resumed = dataclasses.replace(config, resume="auto", max_steps=step + 2)
+    assert world(2, lambda rank: loop.train(resumed).steps) == [(0, step + 2)] * 2
 
 
 def test_a_mistake_that_one_process_meets_is_told_once_and_ends_all(make_config, world, tmp_path):
@@ -495,12 +495,12 @@ def test_torchrun_itself(make_config, tmp_path):
     children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     sent = time.monotonic()
-    said = first.communicate(timeout=60)[0].decode()
+    printed = first.communicate(timeout=60)[0].decode()
     assert first.returncode == 1
     assert time.monotonic() - sent < 60
-    assert "another process of this run is gone" in said
+    assert "another process of this run is gone" in printed
     step = int(checkpoint.newest_valid(Path(config.output_dir))[0].name[5:])
-    again = [*launcher, "--resume", config.output_dir, "--max_steps", str(step + 2), "--device", "cpu"]
-    done = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=120)
+    command = [*launcher, "--resume", config.output_dir, "--max_steps", str(step + 2), "--device", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "verified" in done.stdout

@@ -174,15 +174,15 @@ def chat_model(tiny_folder):
 
 def test_exact_match_is_counted_by_the_character(chat_model, monkeypatch):
     """Blanks at the ends, and what a Qwen3 thinks, do not count; everything else does."""
-    said = {"a": " yes\n", "b": "Yes", "c": "<think>\n\n</think>\n\nyes", "d": "yes."}
+    answers = {"a": " yes\n", "b": "Yes", "c": "<think>\n\n</think>\n\nyes", "d": "yes."}
 
     def answer(chat_model, conversations, sampling):
         assert sampling.temperature == 0
         assert sampling.max_new_tokens > len(chat_model.markup.encode(["yes"])[0])
-        return [said[turns[-1].content] for turns in conversations]
+        return [answers[turns[-1].content] for turns in conversations]
 
     monkeypatch.setattr(generate, "answer", answer)
-    pairs = [((Turn("user", name),), "yes") for name in said]
+    pairs = [((Turn("user", name),), "yes") for name in answers]
     assert exact_match(chat_model, pairs, 2, "base") == 2 / 4
 
 
@@ -221,8 +221,8 @@ def test_the_command_prints_a_table_and_writes_json(rows, tuned, tmp_path, capsy
     output = tmp_path / "scores.json"
     flags = ["--eval_file", rows, "--max_rows", "5", "--generate", "2", "--batch_size", "1", "--json", output]
     assert cli.main(list(map(str, ["eval", "--adapter", tuned, "--dtype", "float32", *flags]))) == 0
-    said = capsys.readouterr()
-    what, head, *lines = said.out.splitlines()
+    captured = capsys.readouterr()
+    what, head, *lines = captured.out.splitlines()
     assert head.split() == ["loss", "perplexity", "token", "accuracy", "exact", "match", "of", "2"]
     found = json.loads(output.read_text())
     assert [line.split()[0] for line in lines] == list(found["scores"]) == ["base", "adapter"]
@@ -233,7 +233,7 @@ def test_the_command_prints_a_table_and_writes_json(rows, tuned, tmp_path, capsy
         assert f"{100 * scores['token_accuracy']:.2f} %" in line
         assert scores.keys() == set(Scores.__dataclass_fields__)
     assert (found["examples"], found["answered"], found["system_prompt"]) == (5, 2, PROMPT)
-    assert "base" in said.err  # the progress
+    assert "base" in captured.err  # the progress
 
 
 def test_rows_too_long_to_answer_are_named_and_the_losses_are_printed(rows, tiny_folder, capsys):
@@ -241,10 +241,10 @@ def test_rows_too_long_to_answer_are_named_and_the_losses_are_printed(rows, tiny
     rows.write_text(json.dumps(long) + "\n" + rows.read_text())
     flags = ["--eval_file", rows, "--dtype", "float32", "--generate", "2"]
     assert cli.main(list(map(str, ["eval", "--model", tiny_folder, *flags]))) == 0
-    said = capsys.readouterr()
-    assert "exact match of 1" in said.out
-    assert ", 1 rows too long to be answered" in said.out
-    assert "1 rows are too long to be answered; no answer is compared: line 1\n" in said.err
+    captured = capsys.readouterr()
+    assert "exact match of 1" in captured.out
+    assert ", 1 rows too long to be answered" in captured.out
+    assert "1 rows are too long to be answered; no answer is compared: line 1\n" in captured.err
 
 
 def test_answers_that_do_not_fit_in_memory_leave_the_losses(rows, tiny_folder, capsys, monkeypatch):
@@ -254,9 +254,9 @@ def test_answers_that_do_not_fit_in_memory_leave_the_losses(rows, tiny_folder, c
     monkeypatch.setattr(evaluate, "answer_all", no_memory)
     flags = ["--eval_file", rows, "--dtype", "float32", "--generate", "2"]
     assert cli.main(list(map(str, ["eval", "--model", tiny_folder, *flags]))) == 0
-    said = capsys.readouterr()
-    assert said.out.splitlines()[-1].split()[-1] == "-"
-    assert "base: the answers are not compared: not even one answer fits" in said.err
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[-1].split()[-1] == "-"
+    assert "base: the answers are not compared: not even one answer fits" in captured.err
 
 
 def test_ctrl_c_while_answers_are_computed_keeps_the_scores(rows, tuned, tmp_path, capsys, monkeypatch):

@@ -236,9 +236,9 @@ def test_a_file_of_prompts_comes_back_with_answers(tiny, tiny_folder, tmp_path, 
     source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(b"\xef\xbb\xbf" + "\n\n".join(ROWS).encode())
     assert command(tiny_folder, source, output, "--batch_size", 4) == 0
-    said = capsys.readouterr()
-    assert said.out == f"answered 6 rows: {output}\n"
-    assert "answers" in said.err  # the progress
+    captured = capsys.readouterr()
+    assert captured.out == f"answered 6 rows: {output}\n"
+    assert "answers" in captured.err  # the progress
     lines = output.read_text("utf-8").split("\n")
     assert lines.pop() == ""
     for text, row in zip(lines, ROWS, strict=True):
@@ -281,11 +281,11 @@ def test_bad_rows_are_all_named_before_the_model_is_loaded(tiny_folder, tmp_path
     source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(['{"prompt": "good"}', *BAD_ROWS]))
     assert command(tiny_folder, source, output) == 2
-    said = capsys.readouterr().err.splitlines()
-    for number, (line, reason) in enumerate(zip(said, BAD_ROWS.values(), strict=False), 2):
+    message = capsys.readouterr().err.splitlines()
+    for number, (line, reason) in enumerate(zip(message, BAD_ROWS.values(), strict=False), 2):
         assert f"{source}:{number}: " in line
         assert reason in line
-    assert said[-1] == f"{len(BAD_ROWS)} of {len(BAD_ROWS) + 1} rows are bad."
+    assert message[-1] == f"{len(BAD_ROWS)} of {len(BAD_ROWS) + 1} rows are bad."
     assert not output.exists()
 
 
@@ -304,7 +304,7 @@ def test_output_that_cannot_be_is_found_before_the_model_is_loaded(tiny_folder, 
 
 
 def test_a_row_that_is_too_long_is_named_before_the_first_answer(tiny_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(generate, "answer", lambda *args: pytest.fail("an answer was begun"))
+    monkeypatch.setattr(generate, "answer", lambda *args: pytest.fail("an answer was started"))
     source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     source.write_text(json.dumps({"prompt": "good"}) + "\n" + json.dumps({"prompt": "word " * 600}))
     assert command(tiny_folder, source, output) == 2

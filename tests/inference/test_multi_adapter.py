@@ -35,8 +35,8 @@ def folders(load_tiny, tiny_folder, tmp_path):
     for seed, (name, (targets, rank, alpha, rslora)) in enumerate(KINDS.items()):
         folder = tmp_path / name / "adapter"
         folder.parent.mkdir()
-        how = {"prompt": f"You are {name}.", "seed": seed, "std": 0.2, "rslora": rslora}
-        save_random_adapter(load_tiny(), folder, tiny_folder, targets, rank, alpha, **how)
+        settings = {"prompt": f"You are {name}.", "seed": seed, "std": 0.2, "rslora": rslora}
+        save_random_adapter(load_tiny(), folder, tiny_folder, targets, rank, alpha, **settings)
         alone = load_tiny()
         adapter_format.load(alone, folder, fingerprint(alone))
         found[name] = (folder, logits(alone))
@@ -167,24 +167,24 @@ def chat(folders, monkeypatch, capsys):
 
 def test_chat_switches_and_compares_with_the_base(chat):
     lines = ["/base", "hello", "/base", "/adapter", "/adapter mlp", "and now?", "/adapter mpl", "/base", "/quit"]
-    said, asked = chat(lines)
+    message, asked = chat(lines)
     assert [layers for _, _, layers in asked] == [8, 0, 6, 0]  # attn, base, mlp, base
     assert [prompt for _, prompt, _ in asked] == ["You are attn."] * 2 + ["You are mlp."] * 2
     turns = [[(turn.role, turn.content) for turn in turns] for turns, _, _ in asked]
     assert turns[1] == turns[0] == [("user", "hello")]
     assert [role for role, _ in turns[2]] == ["user", "assistant", "user"]
     assert turns[3] == turns[2]  # the last prompt again; what the base said is not remembered
-    assert "adapters: [attn] mlp" in said.out
-    assert "adapters: attn [mlp]" in said.out
-    errors = said.err.splitlines()
+    assert "adapters: [attn] mlp" in message.out
+    assert "adapters: attn [mlp]" in message.out
+    errors = message.err.splitlines()
     assert "nothing has been asked yet" in errors
     assert "there is no adapter 'mpl'; loaded: attn, mlp" in errors
 
 
 def test_in_chat_a_mistyped_command_is_no_prompt(chat):
-    said, asked = chat(["/Base", "/foo bar", "/usr/bin is a folder", "/quit"])
+    message, asked = chat(["/Base", "/foo bar", "/usr/bin is a folder", "/quit"])
     assert [turns[-1].content for turns, _, _ in asked] == ["/usr/bin is a folder"]
-    assert said.err.splitlines()[-2:] == [
+    assert message.err.splitlines()[-2:] == [
         f"there is no {command}; possible are /adapter NAME, /base, /new, /quit" for command in ("/Base", "/foo")
     ]
 
@@ -198,11 +198,11 @@ def test_in_chat_a_given_system_prompt_stays(chat):
 def test_chat_without_an_adapter(monkeypatch, capsys, tiny_folder):
     monkeypatch.setattr(sys, "stdin", io.StringIO("/adapter\n/adapter x\nhello\n/base\n"))
     assert cli.main(["chat", "--model", str(tiny_folder), "--max_new_tokens", "4", "--dtype", "float32"]) == 0
-    said = capsys.readouterr()
-    assert "adapters: none" in said.out
-    assert "there is no adapter 'x'; loaded: none" in said.err
-    first, again = (part.strip() for part in said.out.split("you> ")[3:5])
-    assert first == again != ""
+    captured = capsys.readouterr()
+    assert "adapters: none" in captured.out
+    assert "there is no adapter 'x'; loaded: none" in captured.err
+    first, second = (part.strip() for part in captured.out.split("you> ")[3:5])
+    assert first == second != ""
 
 
 # ---------------------------------------------------------------------------------------- PEFT, there and back
@@ -238,14 +238,14 @@ def test_an_adapter_of_peft_goes_on_training_here_and_back_again(targets, rslora
     losses.append(train_a_step(ours))
     adapter_format.save(tmp_path / "ours", ours, config, {})
 
-    again = PeftModel.from_pretrained(load_tiny(), tmp_path / "ours", is_trainable=True)
-    torch.testing.assert_close(logits(again), logits(ours), rtol=0, atol=1e-5)
-    losses.append(train_a_step(again))
-    again.save_pretrained(tmp_path / "again")
+    reloaded = PeftModel.from_pretrained(load_tiny(), tmp_path / "ours", is_trainable=True)
+    torch.testing.assert_close(logits(reloaded), logits(ours), rtol=0, atol=1e-5)
+    losses.append(train_a_step(reloaded))
+    reloaded.save_pretrained(tmp_path / "again")
 
     last = load_tiny()
     adapter_format.load(last, tmp_path / "again", fingerprint(last))
-    torch.testing.assert_close(logits(last), logits(again), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(last), logits(reloaded), rtol=0, atol=1e-5)
     losses.append(train_a_step(last))
     assert losses == sorted(losses, reverse=True)
     assert losses[0] - losses[-1] > 0.01

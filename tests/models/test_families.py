@@ -172,11 +172,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_trained_as_something_else_is_refused_by_its_reason(name, family):
-    kind, keys, said = REFUSED[name]
+    kind, keys, message = REFUSED[name]
     with pytest.raises(ModelError) as refused:
         loading.load_model(family(kind, **keys), torch.float32, CPU)
     assert f"model type {kind}: " in str(refused.value)
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
 
 
@@ -192,5 +192,7 @@ def test_a_model_that_drops_the_layout_on_its_way_is_refused(family, monkeypatch
     monkeypatch.setattr(loading, "hidden_states", hidden_states)
     with pytest.raises(ModelError) as refused:
         loading.load_model(family("mistral", sliding_window=None), torch.float32, CPU)
-    said = "model type mistral: it does not run on packed examples (packed examples carry their layout). Give another"
-    assert said in str(refused.value)
+    printed = (
+        "model type mistral: it does not run on packed examples (packed examples carry their layout). Give another"
+    )
+    assert printed in str(refused.value)

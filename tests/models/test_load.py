@@ -51,13 +51,13 @@ def test_a_composite_model_is_refused_by_name_before_anything_is_loaded(
     }
     code = cli.main([verb, "--model", folder, *own[verb]])
     printed = capsys.readouterr()
-    said = printed.out + printed.err
-    assert code == (1 if verb == "doctor" else 2), said
-    assert f"model type {kind} is not supported" in said
-    assert "_config" in said
-    assert "Qwen2, Qwen2.5 and Qwen3" in said
-    assert "mistake of ours" not in said
-    assert "report it" not in said
+    message = printed.out + printed.err
+    assert code == (1 if verb == "doctor" else 2), message
+    assert f"model type {kind} is not supported" in message
+    assert "_config" in message
+    assert "Qwen2, Qwen2.5 and Qwen3" in message
+    assert "mistake of ours" not in message
+    assert "report it" not in message
 
 
 def test_a_quantised_model_is_no_composite_one(composite, tiny_folder, capsys):

@@ -78,9 +78,9 @@ def test_a_layer_is_its_dequantised_weight_plus_the_update(bits):
         layer.eval()
         assert relative_error(layer(x), y) < {4: 1e-6, 8: 0.02}[bits]  # answering; after it training is as before
         layer.train()
-    again = layer(x)
-    assert relative_error(again, y) < 1e-6
-    assert relative_error(torch.autograd.grad(again, leaves, dy)[0], wanted[0]) < {4: 1e-5, 8: 0.02}[bits]
+    repeated = layer(x)
+    assert relative_error(repeated, y) < 1e-6
+    assert relative_error(torch.autograd.grad(repeated, leaves, dy)[0], wanted[0]) < {4: 1e-5, 8: 0.02}[bits]
 
 
 @needs_library
@@ -157,11 +157,11 @@ def test_adapters_go_both_ways(load_held, load_tiny, tiny_folder, tmp_path, bits
     for name, layer in lora_layers(plain).items():
         assert torch.equal(layer.delta(), lora_layers(held)[name].delta())
     assert relative_error(logits(held), logits(plain)) < {4: 0.5, 8: 0.05}[bits]
-    again = Adapters(load_held(bits))
-    again.load("it", tmp_path / "adapter")
-    torch.testing.assert_close(logits(again.model), logits(held), rtol=0, atol=1e-5)
-    with again.disabled():
-        torch.testing.assert_close(logits(again.model), logits(load_held(bits)), rtol=0, atol=1e-5)
+    reloaded = Adapters(load_held(bits))
+    reloaded.load("it", tmp_path / "adapter")
+    torch.testing.assert_close(logits(reloaded.model), logits(held), rtol=0, atol=1e-5)
+    with reloaded.disabled():
+        torch.testing.assert_close(logits(reloaded.model), logits(load_held(bits)), rtol=0, atol=1e-5)
 
 
 @needs_library
@@ -178,13 +178,13 @@ def test_in_a_loop_of_ones_own(load_held, load_tiny, tmp_path, bits, known):
         minilora.merge_adapter(held)
     minilora.save_adapter(held, tmp_path / "adapter", config)
     assert ("base_fingerprint" in adapter_format.read_metadata(tmp_path / "adapter")) is known
-    plain, again = load_tiny(), load_held(bits)
+    plain, reloaded = load_tiny(), load_held(bits)
     minilora.load_adapter(plain, tmp_path / "adapter")
     minilora.merge_adapter(plain)
     if not known:
-        del again.base_fingerprint
-    minilora.load_adapter(again, tmp_path / "adapter")
-    torch.testing.assert_close(logits(again), logits(held), rtol=0, atol=1e-5)
+        del reloaded.base_fingerprint
+    minilora.load_adapter(reloaded, tmp_path / "adapter")
+    torch.testing.assert_close(logits(reloaded), logits(held), rtol=0, atol=1e-5)
     with pytest.raises(ConfigError, match="DoRA needs the base's weights in floating point"):
         minilora.add_adapter(load_held(bits), use_dora=True)
 
@@ -224,12 +224,12 @@ def test_a_run_from_beginning_to_end(make_config, bare_run, capsys, bits, dtype)
     """It learns, is verified on the same base held the same way, says what it does not know, and goes on exactly."""
     config = make_config(**{f"load_in_{bits}bit": True}, dtype=dtype, lora_dropout=0.1, save_steps=2, max_steps=4)
     summary = train(config)
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert summary.last_loss < summary.first_loss - 0.1
     assert summary.verified_max_logit_difference == 0
     assert summary.predicted_peak_memory_bytes is None
-    assert f"a base in {bits} bits takes is not predicted" in said
-    assert f"the base in {bits} bits" in said
+    assert f"a base in {bits} bits takes is not predicted" in printed
+    assert f"the base in {bits} bits" in printed
     folder = Path(config.output_dir)
     first = (folder / "adapter" / adapter_format.WEIGHTS).read_bytes()
     train(dataclasses.replace(config, resume=str(folder / "checkpoints" / "step-000002")))

@@ -213,11 +213,11 @@ def test_the_verbs_refuse_it_and_the_flag_overrides(base, trained, tmp_path, cap
     argv += ["--output_dir", str(tmp_path / "merged")] if verb == "merge" else ["--max_new_tokens", "2", "hello"]
     capsys.readouterr()  # progress bars of saving the model
     assert cli.main(argv) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("minilora: ")
-    assert "another base" in said
-    assert fingerprint(base)[:12] in said
-    assert "--allow_other_base" in said
+    message = capsys.readouterr().err
+    assert message.startswith("minilora: ")
+    assert "another base" in message
+    assert fingerprint(base)[:12] in message
+    assert "--allow_other_base" in message
     assert not (tmp_path / "merged").exists()
     assert cli.main([*argv, "--allow_other_base"]) == 0
 

@@ -17,7 +17,7 @@ import torch
 from minilora import cli
 from minilora.errors import ModelError
 from minilora.tools import doctor
-from minilora.tools.doctor import Asked, declared, examine, lacking, not_whole, numbers, project
+from minilora.tools.doctor import Asked, declared, examine, incomplete, lacking, numbers, project
 from minilora.utils import device as devices
 from minilora.utils.device import driver_cuda, why_cpu
 
@@ -78,10 +78,10 @@ def versions(machine, **changed):
 def test_all_is_well(machine, capsys):
     before = sorted(machine.folder.rglob("*"))
     assert cli.main(["doctor", "--model", str(machine.model)]) == 0
-    said = capsys.readouterr().out
-    assert said.endswith("\nAll that is needed is there.\n")
-    assert "FAIL" not in said
-    names = {line[6:23].strip() for line in said.splitlines()}
+    printed = capsys.readouterr().out
+    assert printed.endswith("\nAll checks passed.\n")
+    assert "FAIL" not in printed
+    names = {line[6:23].strip() for line in printed.splitlines()}
     assert names >= {"python", "torch", "device", "bf16", "output folder", "cache", "hub", "pad token", "weights"}
     assert sorted(machine.folder.rglob("*")) == before, "it leaves nothing behind"
 
@@ -259,8 +259,8 @@ FAULTS = [
     (driver_too_old, "FAIL", "device", "CUDA 13.0, but the NVIDIA driver runs CUDA 12.2 at most", "update the driver"),
     (hidden_card, "FAIL", "device", "torch finds no card", "CUDA_VISIBLE_DEVICES is '': unset it"),
     (container_without_card, "FAIL", "device", "libcuda.so.1 is not found", "--gpus all"),
-    (wrong_pad_token, "note", "pad token", "<|im_end|> in the files; runs here pad with <|endoftext|>", PAD_LINE),
-    (added_pad_token, "note", "pad token", "[PAD] in the files; runs here pad with <|endoftext|>", PAD_LINE),
+    (wrong_pad_token, "note", "pad token", "<|im_end|> in the files; minilora pads with <|endoftext|>", PAD_LINE),
+    (added_pad_token, "note", "pad token", "[PAD] in the files; minilora pads with <|endoftext|>", PAD_LINE),
     (no_end_token, "note", "end token", "does not name <|im_end|>", '"eos_token_id": ['),
     (unwritable_output, "FAIL", "output folder", "runs cannot be written", "--output_dir DIR"),
     (full_disk, "FAIL", "output folder", "0.12 GiB free, 1 GiB needed", "free some space"),
@@ -279,7 +279,7 @@ FAULTS = [
     (broken_header, "FAIL", "weights", "not readable", "hf download"),
     (other_attention, "FAIL", "weights", "attention_dropout is set", ""),
     (composite_model, "FAIL", "weights", "model type qwen3_5 is not supported", "give another --model: Qwen2"),
-    (no_pad_that_it_has, "note", "pad token", "runs here pad with <|vision_pad|>", '"pad_token": "<|vision_pad|>"'),
+    (no_pad_that_it_has, "note", "pad token", "minilora pads with <|vision_pad|>", '"pad_token": "<|vision_pad|>"'),
     (unwritable_compile_cache, "FAIL", "compile cache", "TORCHINDUCTOR_CACHE_DIR", "unset TORCHINDUCTOR_CACHE_DIR"),
     (adapter_folder, "FAIL", "model", "is no model folder", "it holds an adapter"),
     (run_folder, "FAIL", "model", "is no model folder", "it is a run: give --adapter "),
@@ -291,9 +291,9 @@ def test_a_planted_fault_is_named_with_its_fix(fault, machine, capsys):
     plant, state, name, text, fix = fault
     plant(machine)
     assert cli.main(["doctor", "--model", str(machine.model)]) == (state == "FAIL")
-    said = capsys.readouterr().out
-    assert "a mistake of ours" not in said
-    (found,) = re.findall(rf"^{state:<5} {name:<17} (.*)\n {{6}}  fix {{13}}(.*)$", said, re.M)
+    printed = capsys.readouterr().out
+    assert "a mistake of ours" not in printed
+    (found,) = re.findall(rf"^{state:<5} {name:<17} (.*)\n {{6}}  fix {{13}}(.*)$", printed, re.M)
     assert text in found[0]
     assert fix in found[1]
 
@@ -360,10 +360,10 @@ def test_no_model_of_that_name(machine, name, capsys):
 def test_a_check_that_breaks_is_a_finding(machine, capsys):
     machine.patch.setattr(doctor, "CHECKS", (doctor.python, broken_check, missing_import))
     assert cli.main(["doctor"]) == 1
-    said = capsys.readouterr().out
-    assert "FAIL  broken_check      could not be examined: ZeroDivisionError" in said
-    assert "FAIL  missing_import    no_such_package cannot be imported" in said
-    assert "2 of 3 checks failed." in said
+    printed = capsys.readouterr().out
+    assert "FAIL  broken_check      the check raised ZeroDivisionError" in printed
+    assert "FAIL  missing_import    no_such_package cannot be imported" in printed
+    assert "2 of 3 checks failed." in printed
 
 
 def broken_check(asked):
@@ -445,12 +445,12 @@ def test_the_driver_is_asked(monkeypatch):
     assert driver_cuda() is None
 
 
-def test_a_whole_file_is_whole(tiny_folder, tmp_path):
+def test_a_complete_file_is_complete(tiny_folder, tmp_path):
     path = tiny_folder / "model.safetensors"
-    assert not_whole(path) == ""
+    assert incomplete(path) == ""
     for content in (b"", b"\0" * 8, (2).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"[]"):
         (tmp_path / "x.safetensors").write_bytes(content)
-        assert not_whole(tmp_path / "x.safetensors"), content
+        assert incomplete(tmp_path / "x.safetensors"), content
 
 
 def test_it_runs_where_nothing_can_be_imported(tmp_path):

@@ -141,7 +141,7 @@ def test_the_command_shows_both_side_by_side(tuned, tmp_path, capsys):
     html, output = tmp_path / "page.html", tmp_path / "found.json"
     flags = ["--dtype", "float32", "--top_k", "5", "--html", html, "--json", output]
     assert cli.main(list(map(str, ["inspect", "--adapter", tuned, *flags, "<b>猴子</b>"]))) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     found = json.loads(output.read_text())
     assert [*found["predicted"]] == ["base", "adapter"]
     page = Page(html.read_text())
@@ -149,27 +149,27 @@ def test_the_command_shows_both_side_by_side(tuned, tmp_path, capsys):
     for candidate in found["candidates"]:
         for name in ("base", "adapter"):
             shown = f"{100 * candidate['probability'][name]:.4f} %"
-            assert shown in said
+            assert shown in printed
             assert shown in page.text
     assert found["tokens"][0]["text"] == "<|im_start|>"
-    assert SYSTEM in said
+    assert SYSTEM in printed
     assert SYSTEM in page.text
     tokens, hidden = found["embedding_shape"]
-    for text in (said, page.text):
+    for text in (printed, page.text):
         assert f"({tokens}, {hidden})" in text
         assert f"({tokens}, {found['logits_shape'][1]:,})" in text
         assert f"position {tokens - 1}" in text
 
 
 def test_what_is_not_there_or_not_exact_is_said(tiny_folder, tmp_path, capsys):
-    said, pages = {}, {}
+    printed, pages = {}, {}
     for dtype in ("float32", "bfloat16"):
         html = tmp_path / f"{dtype}.html"
         flags = ["--model", str(tiny_folder), "--device", "cpu", "--dtype", dtype, "--html", str(html), "猴子"]
         assert cli.main(["inspect", *flags]) == 0
-        said[dtype], pages[dtype] = capsys.readouterr().out, Page(html.read_text()).text
-        assert "no system prompt" in said[dtype]
-    for shown in (said, pages):
+        printed[dtype], pages[dtype] = capsys.readouterr().out, Page(html.read_text()).text
+        assert "no system prompt" in printed[dtype]
+    for shown in (printed, pages):
         assert "--dtype float32" in shown["bfloat16"]
         assert "--dtype float32" not in shown["float32"]
 
@@ -177,10 +177,10 @@ def test_what_is_not_there_or_not_exact_is_said(tiny_folder, tmp_path, capsys):
 def test_a_long_text_is_shown_from_both_ends(chat_model, capsys):
     found = inspect(chat_model, "red bird " * 80, raw=True, top_k=2)
     inspection.show(found)
-    said = capsys.readouterr().out
-    assert f"... and {len(found.tokens) - inspection.SHOWN_TOKENS} more" in said
-    assert f" {len(found.tokens) - 1:>5} " in said
-    assert len(said.splitlines()) < inspection.SHOWN_TOKENS + 15
+    printed = capsys.readouterr().out
+    assert f"... and {len(found.tokens) - inspection.SHOWN_TOKENS} more" in printed
+    assert f" {len(found.tokens) - 1:>5} " in printed
+    assert len(printed.splitlines()) < inspection.SHOWN_TOKENS + 15
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_a_long_text_is_shown_from_both_ends(chat_model, capsys):
 )
 def test_texts_that_cannot_be(flags, message, tiny_folder, capsys):
     assert cli.main(["inspect", "--model", str(tiny_folder), "--dtype", "float32", *flags]) == DataError.exit_code
-    said = capsys.readouterr()
-    assert message in said.err
-    assert said.err.count("\n") == 1
-    assert said.out == ""
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ DEMO = str(demo.DEMO_DIR)
 
 
 @pytest.fixture
-def said(tmp_path, monkeypatch, capsys):
+def plan_output(tmp_path, monkeypatch, capsys):
     """A function: what `minilora plan` prints for these arguments, in a folder with 40 rows."""
     write_jsonl(tmp_path / "rows.jsonl", 40)
     monkeypatch.chdir(tmp_path)
@@ -46,9 +46,9 @@ def rows_below(text: str, head: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("| ").split("|")] for line in table]
 
 
-def test_parts_add_up_and_settings_are_in_order(said, monkeypatch):
+def test_parts_add_up_and_settings_are_in_order(plan_output, monkeypatch):
     monkeypatch.setattr(plan, "BUDGETS", (512, 1024))
-    text = said("--card", "RTX 4080", "--dtype", "float32")
+    text = plan_output("--card", "RTX 4080", "--dtype", "float32")
     parts = dict(rows_below(text, "| part"))
     total = mib(parts.pop("**peak**"))
     assert sum(mib(size) for size in parts.values()) == pytest.approx(total, abs=0.1 * len(parts))
@@ -70,42 +70,42 @@ def no_table(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_table")
-def test_keys_that_a_plan_does_not_count_do_not_stop_it(said, tmp_path_factory):
+def test_keys_that_a_plan_does_not_count_do_not_stop_it(plan_output, tmp_path_factory):
     valid = str(write_jsonl(tmp_path_factory.mktemp("valid") / "valid.jsonl", 4))
-    text = said("--card", "24", "--eval_file", valid, "--early_stopping_patience", "2", "--eval_samples", "1")
+    text = plan_output("--card", "24", "--eval_file", valid, "--early_stopping_patience", "2", "--eval_samples", "1")
     assert "torch_compile" not in text
     assert "it fits" in text
-    assert "torch_compile is not counted: the figures are those of a run without it" in said("--torch_compile")
+    assert "torch_compile is not counted: the figures are those of a run without it" in plan_output("--torch_compile")
 
 
 @pytest.mark.usefixtures("no_table")
-def test_the_interpreter_counts_on_a_cpu(said):
-    parts = dict(rows_below(said("--device", "cpu"), "| part"))
+def test_the_interpreter_counts_on_a_cpu(plan_output):
+    parts = dict(rows_below(plan_output("--device", "cpu"), "| part"))
     assert mib(parts["interpreter, libraries, rows (in use now)"]) > 200
 
 
 @pytest.mark.usefixtures("no_table")
-def test_without_rows_all_are_as_long_as_allowed(said):
-    text = said(
+def test_without_rows_all_are_as_long_as_allowed(plan_output):
+    text = plan_output(
         "--train_file", "none.jsonl", "--max_length", "300", "--card", "24", "--max_tokens_per_micro_batch", "900"
     )
-    assert "there is no none.jsonl: all are taken to have 300 tokens" in text
+    assert "there is no none.jsonl: every row is assumed to have 300 tokens" in text
     assert "the largest has 897 tokens of 3 examples" in text
     assert "a card of 24 GiB: not measured" in text
 
 
 @pytest.mark.usefixtures("no_table")
-def test_figures_in_words(said, capsys):
+def test_figures_in_words(plan_output, capsys):
     """The middle of an even number of lengths is the one that training and preview name."""
-    text = said("--max_tokens_per_micro_batch", "30")
+    text = plan_output("--max_tokens_per_micro_batch", "30")
     assert "the largest has 66 tokens of 1 example\n" in text
     assert cli.main(["preview", "rows.jsonl", "--model", DEMO, "--rows", "0"]) == 0
     median = re.search(r"p95 / max: \d+ / (\d+) / ", capsys.readouterr().out)[1]
-    assert f"rows.jsonl: 40, of {median} tokens in the middle" in text
+    assert f"rows.jsonl: 40; tokens per row: median {median}, " in text
 
 
 @pytest.mark.usefixtures("no_table")
-def test_the_setting_is_the_one_that_a_run_would_have(said, tmp_path_factory):
+def test_the_setting_is_the_one_that_a_run_would_have(plan_output, tmp_path_factory):
     """Its room for a shared prefix comes to the budget; one example a micro-batch has none."""
     keys = {"system_prompt": "水" * 220, "device": "cpu", "dtype": "float32"}
     files = {"model": DEMO, "train_file": "rows.jsonl", "output_dir": str(tmp_path_factory.mktemp("runs") / "run")}
@@ -113,8 +113,8 @@ def test_the_setting_is_the_one_that_a_run_would_have(said, tmp_path_factory):
         most = prepare(cli.config_of("lora", keys | files), stop, held).state.max_tokens
     assert most > 960 + 3 * 192
     flags = [word for key, value in keys.items() for word in (f"--{key}", value)]
-    assert f"method lora, micro-batches of up to {most:,} tokens\n" in said(*flags)
-    assert "method lora, one example a micro-batch\n" in said(*flags, "--packing", "false")
+    assert f"method lora, micro-batches of up to {most:,} tokens\n" in plan_output(*flags)
+    assert "method lora, one example a micro-batch\n" in plan_output(*flags, "--packing", "false")
 
 
 def test_the_columns_of_a_table_stand_below_each_other():
@@ -141,14 +141,14 @@ def test_the_columns_of_a_table_stand_below_each_other():
         (["lorra"], "Did you mean lora?"),
     ],
 )
-def test_mistakes_are_one_line(said, capsys, argv, message):
+def test_mistakes_are_one_line(plan_output, capsys, argv, message):
     assert cli.main(["plan", "--model", DEMO, "--train_file", "rows.jsonl", *argv]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert error.count("\n") == 1
 
 
-def test_bad_rows_are_told_as_training_tells_them(said, tmp_path, capsys):
+def test_bad_rows_are_told_as_training_tells_them(plan_output, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     assert cli.main(["plan", "--model", DEMO, "--train_file", "rows.jsonl"]) == 2
     assert "rows.jsonl" in capsys.readouterr().err
@@ -220,7 +220,7 @@ def test_numbers_are_gib(given, size):
         ),
         ("RTX 4065", "or a name such as RTX 4060 or A100 40GB. Did you mean RTX 4060?"),
         ("RX 7900 XTX", "Give the memory of the card in GiB"),
-        ("RTX 4080 48GB", "RTX 4080 has 16 GiB. For another size, give the number of GiB alone: --card 48."),
+        ("RTX 4080 48GB", "RTX 4080 has 16 GiB. For another size, give only the number of GiB: --card 48."),
         ("A100 64GB", "A100 has 80 or 40 GiB. For another size"),
         ("", "Give the memory of the card in GiB"),
     ],
@@ -258,12 +258,12 @@ def memory(total: float) -> Memory:
     ("usable", "variant", "budget", "expected"),
     [
         (40, ("lora", False), 2048, "it fits"),
-        (39, ("lora", False), 2048, "that does: --max_tokens_per_micro_batch 1024$"),
+        (39, ("lora", False), 2048, "that fits: --max_tokens_per_micro_batch 1024$"),
         (9, ("lora", False), 2048, "--max_tokens_per_micro_batch 2048 --gradient_checkpointing$"),
         (9, ("lora", True), 4096, "--max_tokens_per_micro_batch 2048$"),
         (79, ("full", True), 2048, "--max_tokens_per_micro_batch 1024$"),
         (50, ("full", True), 512, "--max_tokens_per_micro_batch 2048 --method lora$"),
-        (1, ("lora", False), 512, "Nothing in the table does"),
+        (1, ("lora", False), 512, "No setting in the table fits"),
     ],
 )
 def test_the_cheapest_change_that_fits(usable, variant, budget, expected):
@@ -271,7 +271,7 @@ def test_the_cheapest_change_that_fits(usable, variant, budget, expected):
     sizes = {("lora", False): (10, 20, 40), ("lora", True): (2, 4, 8)}
     sizes |= {("full", False): (100, 200, 400), ("full", True): (60, 70, 80)}
     assert tuple(sizes) == VARIANTS
-    memories = {way: tuple(memory(size) for size in of) for way, of in sizes.items()}
+    memories = {kind: tuple(memory(size) for size in of) for kind, of in sizes.items()}
     own = memory(sizes[variant][BUDGETS.index(budget)] if budget < 4096 else 16)
     place = Place("somewhere", "cuda", None, 0.0, usable)
     assert re.search(expected, verdict(own, variant, budget, Grid(BUDGETS[:3], memories), place))

@@ -50,9 +50,9 @@ def look(tiny_folder):
         config = TrainConfig(model=str(tiny_folder), **keys)
         found = preview.preview(str(path), config, rows, from_line)
         kept, report = read_rows(path, "skip")
-        how = {"overlong": config.overlong, "train_on_prompt": config.train_on_prompt}
-        how |= {"system_prompt": config.system_prompt, "max_length": config.max_length}
-        return found, tokenize(kept, ChatMarkup(loading.load_tokenizer(tiny_folder)), report, **how)[0]
+        settings = {"overlong": config.overlong, "train_on_prompt": config.train_on_prompt}
+        settings |= {"system_prompt": config.system_prompt, "max_length": config.max_length}
+        return found, tokenize(kept, ChatMarkup(loading.load_tokenizer(tiny_folder)), report, **settings)[0]
 
     return run
 
@@ -226,17 +226,17 @@ def test_the_command(file, tiny_folder, tmp_path, capsys):
     page = tmp_path / "page.html"
     flags = ["--rows", "2", "--from_line", "6", "--max_length", "60", "--html", page]
     assert cli.main(list(map(str, ["preview", file, "--model", tiny_folder, *flags]))) == 0
-    said = capsys.readouterr().out
-    assert re.findall(r"^line (\d+)", said, re.M) == ["6", "7"]
+    printed = capsys.readouterr().out
+    assert re.findall(r"^line (\d+)", printed, re.M) == ["6", "7"]
     for text in (
         "8 rows of instruction/output, 6 kept",
         "2 as 1",
         "3 as 1",
         "5 of 6 rows end with a learned end token",
     ):
-        assert text in said
-    assert said.count("█") > 5
-    assert said.count("\nlengths  ") == 1
+        assert text in printed
+    assert printed.count("█") > 5
+    assert printed.count("\nlengths  ") == 1
     found = Page(page.read_text())
     assert "beyond max_length 60" in found.text
     assert "".join(found.of("mark")).startswith("learned" + "warm warm")
@@ -276,6 +276,6 @@ def test_mistakes(flags, message, file, tiny_folder, capsys):
 
 def test_no_row_there(file, tiny_folder, capsys):
     assert cli.main(["preview", str(file), "--model", str(tiny_folder), "--from_line", "999"]) == 0
-    assert "there is no row from that line on" in capsys.readouterr().out
+    assert "there is no row at or after that line" in capsys.readouterr().out
     assert cli.main(["preview", str(file), "--model", str(tiny_folder), "--rows", "0"]) == 0
     assert "there is no row" not in capsys.readouterr().out

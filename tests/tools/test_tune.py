@@ -200,7 +200,7 @@ def test_its_own_rate_is_tried_too(tuned):
 
 def test_where_nothing_helps_nothing_is_suggested(tuned):
     text = tuned("--steps", "2", "--rates", "3")
-    assert "none of these" in text
+    assert "none: no rate lowered" in text
     assert "--learning_rate" not in text
 
 
@@ -208,13 +208,13 @@ def test_where_nothing_helps_nothing_is_suggested(tuned):
     ("argv", "message"),
     [
         (["--steps", "0"], "--steps, --rows and --held_out must be at least 1"),
-        (["--rates", "1e-3", "0"], "--rates 0.0 0.001: a rate is a number above 0"),
-        (["--rates", "-1e-3"], "a rate is a number above 0"),
-        (["--rates", "nan"], "a rate is a number above 0"),
+        (["--rates", "1e-3", "0"], "--rates 0.0 0.001: a rate must be a finite number above 0"),
+        (["--rates", "-1e-3"], "a rate must be a finite number above 0"),
+        (["--rates", "nan"], "a rate must be a finite number above 0"),
         (["--rates", "fast"], "--rates = 'fast' is not a number"),
         (["--rates", "1e-3,fast"], "--rates = 'fast' is not a number"),
         (["--rates", "1e-3", "1e-4", "demmo"], "--rates = 'demmo' is not a number"),
-        (["--steps", "20"], "rows.jsonl: 60 rows do not make 20 steps of 8 rows and 8 held-out ones"),
+        (["--steps", "20"], "rows.jsonl: 60 rows are too few for 20 steps of 8 rows and 8 held-out rows"),
         (["--lora_q", "3"], "--lora_r"),
         (["--target_modules", "qproj"], "match nothing"),
     ],

@@ -168,12 +168,12 @@ def test_three_in_a_row_end_the_run_with_code_3(make_config, monkeypatch, capsys
         patch.setattr(loop, "train_step", step)
         patch.setattr(loop, "token_loss", lambda *args: real_loss(*args) * (math.nan if len(states) > 5 else 1.0))
         assert cli.main(argv_of(config)) == 3
-    said = capsys.readouterr()
+    captured = capsys.readouterr()
     found, refused = checkpoint.newest_valid(Path(config.output_dir))
     assert (found.name, refused) == ("step-000005", [])
-    assert str(found) in said.err
-    assert "Traceback" not in said.err
-    assert "learning_rate" in said.err
+    assert str(found) in captured.err
+    assert "Traceback" not in captured.err
+    assert "learning_rate" in captured.err
     state, params = states[5]
     for name, tensor in load_file(found / checkpoint.WEIGHTS).items():
         assert torch.equal(tensor, params[name])
@@ -318,13 +318,13 @@ def test_one_example_that_does_not_fit_ends_the_run_with_code_4(make_config, mon
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", step)
         assert cli.main(argv_of(config)) == 4
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    assert "mistake" not in said
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert "mistake" not in message
     knobs = ("--gradient_checkpointing", "--max_length", "--lora_r")
-    assert all(knob in said for knob in knobs)
-    assert sorted(knobs, key=said.index) == list(knobs)  # the cheapest first
-    assert "tokens" in said
+    assert all(knob in message for knob in knobs)
+    assert sorted(knobs, key=message.index) == list(knobs)  # the cheapest first
+    assert "tokens" in message
     assert checkpoint.newest_valid(Path(config.output_dir))[0].name == "step-000002"
 
 

@@ -87,9 +87,9 @@ def test_a_run_with_a_flipped_bit_goes_on_from_the_one_before(run, make_config, 
     shutil.rmtree(run / "adapter")
     config = make_config(save_steps=1, lora_r=2, resume="auto", train_file=os.fspath(run.parent / "train.jsonl"))
     loop.train(config)
-    said = capsys.readouterr().out
-    assert "passed over" in said
-    assert str(newest / checkpoint.WEIGHTS) in said
-    assert f"resuming from {before}" in said
+    printed = capsys.readouterr().out
+    assert "skipped: " in printed
+    assert str(newest / checkpoint.WEIGHTS) in printed
+    assert f"resuming from {before}" in printed
     assert adapter.read_bytes() == expected
     assert checkpoint.newest_valid(run) == (newest, [])  # written anew

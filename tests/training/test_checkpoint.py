@@ -254,8 +254,10 @@ def test_a_changed_key_is_named_and_refused_unless_it_is_free(tmp_path, key):
     with pytest.raises(CheckpointError) as error:
         fresh.load(path, changed)
     text = str(error.value)
-    said = "examples a step: were 4 x 8 = 32, are " if key in PER_STEP else f"{key}: was {IDENTITY.config[key]!r}, is "
-    assert said in text
+    part = (
+        "examples per step: were 4 x 8 = 32, are " if key in PER_STEP else f"{key}: was {IDENTITY.config[key]!r}, is "
+    )
+    assert part in text
     assert key in PER_STEP or f", is {other_value(key)!r}" in text
     assert text.count("\n") == 2  # this key and no other, and what to do
     assert fresh.bits() == before
@@ -367,7 +369,7 @@ def test_after_a_failure_at_any_call_the_newest_valid_is_the_old_or_the_new(tmp_
     count = 0
     for run, what, error in failing_at_every_call(monkeypatch, prepare, lambda run: Trained(2).save(run, keep)):
         count += 1
-        assert error is None or isinstance(error, StorageError), f"{what}: {error!r} is not told as a StorageError"
+        assert error is None or isinstance(error, StorageError), f"{what}: {error!r} is not reported as a StorageError"
         check(run)
         assert not list(run.rglob("*.partial")), what
         path = Trained(2).save(run, keep)

@@ -41,7 +41,7 @@ class Whole:
     left: dict[str, str]
     seconds: float
     calls: list[str]  # its file operations: the part of its folder that each concerned
-    how: dict  # threads, and whether the models are let speak
+    options: dict  # threads, and whether the models generate answers
 
 
 def sha256(path: Path) -> str:
@@ -68,14 +68,14 @@ def left_by(run: Path) -> dict[str, str]:
     return kept
 
 
-def uninterrupted(argv, folder: Path, **how) -> Whole:
+def uninterrupted(argv, folder: Path, **options) -> Whole:
     run = folder / "whole"
     log = folder / "whole.log"
     faults.start_servers(1)
     argv = (*argv, "--output_dir", str(run))
-    done = minilora(argv, log, at_call=0, inside=str(run), **how)
+    done = minilora(argv, log, at_call=0, inside=str(run), **options)
     assert done["code"] == 0, log.read_text()
-    whole = Whole(argv[:-2], left_by(run), done["seconds"], done["calls"], how)
+    whole = Whole(argv[:-2], left_by(run), done["seconds"], done["calls"], options)
     shutil.rmtree(run)
     return whole
 
@@ -129,14 +129,14 @@ def struck(whole: Whole, run: Path, moment: dict) -> tuple[dict, str]:
     """(what came of the command, its output) when it is struck at this moment."""
     log = run.with_suffix(".log")
     inside = {"inside": str(run)} if "at_call" in moment else {}
-    done = minilora((*whole.argv, "--output_dir", str(run)), log, **whole.how, **moment, **inside)
+    done = minilora((*whole.argv, "--output_dir", str(run)), log, **whole.options, **moment, **inside)
     return done, log.read_text(errors="replace")
 
 
 def go_on(whole: Whole, run: Path, **moment) -> dict:
     """The same command with --resume auto."""
     argv = (*whole.argv, "--output_dir", str(run), "--resume", "auto")
-    return minilora(argv, run.with_suffix(".resumed.log"), **whole.how, **moment)
+    return minilora(argv, run.with_suffix(".resumed.log"), **whole.options, **moment)
 
 
 # ---------------------------------------------------------------------------------------- kill -9
@@ -241,7 +241,7 @@ def stopped(whole: Whole, folder: Path, number: int, trials: int, workers: int, 
             if refused or str(run) not in text or command is None:
                 return f"BAD: {refused} {text[-500:]}", done["to_exit_s"]
             log = run.with_suffix(".resumed.log")
-            resumed = minilora(("train", *command), log, **whole.how)  # the very command that was printed
+            resumed = minilora(("train", *command), log, **whole.options)  # the very command that was printed
         else:
             resumed = go_on(whole, run)
         if resumed["code"] != 0:

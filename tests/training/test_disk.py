@@ -141,8 +141,8 @@ def a_checkpoint_at_every_operation(tmp_path, strike, keep, stride=1):
             "no error, and not saved": not silent or (found is not None and found.name == "step-000002"),
         }
         olds += found is not None and found.name == "step-000001"
-        again = two.save(run, keep)
-        right = newest_valid(run) == (again, []) and bytes_of(again) == expected["step-000002"]
+        saved_again = two.save(run, keep)
+        right = newest_valid(run) == (saved_again, []) and bytes_of(saved_again) == expected["step-000002"]
         checks["the next save does not succeed"] = right
         problems += [f"{where}: {words}" for words, good in checks.items() if words and not good]
     report(f"checkpoint, {strike}, keep {keep}", trials, olds, problems)
@@ -320,10 +320,10 @@ def test_a_full_disk(small_disk, tmp_path):
     faults.start_servers(1)
     run, log = small_disk / "run", tmp_path / "log"
     code = minilora((*ARGV, run), log, silent=True)["code"]
-    said = one_line(log.read_text())
+    message = one_line(log.read_text())
     assert code == 2
-    assert str(run) in said
-    assert os.strerror(errno.ENOSPC) in said
+    assert str(run) in message
+    assert os.strerror(errno.ENOSPC) in message
     found, refused = newest_valid(run)
     assert (found.name, refused) == ("step-000004", [])
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
@@ -342,10 +342,10 @@ def test_a_full_disk_where_only_the_log_is_written(tmp_path):
     faults.start_servers(1)
     run, log = tmp_path / "run", tmp_path / "log"
     code = minilora((*ARGV, run), log, full=str(run / "metrics.jsonl"), silent=True)["code"]
-    said = one_line(log.read_text())
+    message = one_line(log.read_text())
     assert code == 2
-    assert str(run / "metrics.jsonl") in said
-    assert os.strerror(errno.ENOSPC) in said
+    assert str(run / "metrics.jsonl") in message
+    assert os.strerror(errno.ENOSPC) in message
 
 
 def test_a_folder_that_becomes_read_only(tmp_path):
@@ -356,10 +356,10 @@ def test_a_folder_that_becomes_read_only(tmp_path):
         code, text = run_until(tmp_path, run, (folder / "step-000002").exists, lambda: folder.chmod(0o555))
     finally:
         folder.chmod(0o755)
-    said = one_line(text)
+    message = one_line(text)
     assert code == 2
-    assert str(folder) in said
-    assert os.strerror(errno.EACCES) in said
+    assert str(folder) in message
+    assert os.strerror(errno.EACCES) in message
     found, refused = newest_valid(run)
     assert found is not None
     assert refused == []
@@ -370,10 +370,10 @@ def test_a_folder_that_vanishes(tmp_path):
     run, moved = tmp_path / "run", tmp_path / "moved"
     first = run / "checkpoints" / "step-000002"
     code, text = run_until(tmp_path, run, first.exists, lambda: os.rename(run, moved))
-    said = one_line(text)
+    message = one_line(text)
     assert code == 2
-    assert str(run) in said
-    assert os.strerror(errno.ENOENT) in said
+    assert str(run) in message
+    assert os.strerror(errno.ENOENT) in message
     assert not run.exists()
     found, refused = newest_valid(moved)  # whoever moved it has all that was saved
     assert found is not None
@@ -385,10 +385,10 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     faults.start_servers(1)
     log = tmp_path / "log"
     code = minilora((*ARGV, tmp_path / "file" / "run"), log, silent=True)["code"]
-    said = one_line(log.read_text())
+    message = one_line(log.read_text())
     assert code == 2
-    assert str(tmp_path / "file") in said
-    assert os.strerror(errno.ENOTDIR) in said
+    assert str(tmp_path / "file") in message
+    assert os.strerror(errno.ENOTDIR) in message
 
 
 def test_a_signal_on_a_full_disk(small_disk, tmp_path):
@@ -410,7 +410,7 @@ def test_a_signal_on_a_full_disk(small_disk, tmp_path):
         return log.exists() and '"step": 21,' in log.read_text()
 
     code, text = run_until(tmp_path, run, after_step_20, fill_and_stop, "--save_steps", 20)
-    said = one_line(text)
+    message = one_line(text)
     assert code == 2
-    assert os.strerror(errno.ENOSPC) in said
+    assert os.strerror(errno.ENOSPC) in message
     assert newest_valid(run)[0].name == "step-000020"

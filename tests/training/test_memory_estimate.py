@@ -20,7 +20,7 @@ from minilora.data.dataset import Dataset
 from minilora.data.sampler import make_schedule
 from minilora.errors import ConfigError
 from minilora.training import memory_estimate, memory_trace
-from minilora.training.memory_estimate import STRETCHES, Memory, Setup, choose_cut, largest_batch, step_memory
+from minilora.training.memory_estimate import PHASES, Memory, Setup, choose_cut, largest_batch, step_memory
 from minilora.training.memory_trace import Watch
 from minilora.training.setup import prepare
 from minilora.training.signals import StopRequest
@@ -67,7 +67,7 @@ LONG_TO_COUNT = (("lora", True), ("full", False), ("full", True))
     [("lora", False), *(pytest.param(*long, marks=pytest.mark.soak) for long in LONG_TO_COUNT)],
 )
 def test_two_layers_and_three_tell_of_all_24(config_only, method, checkpointing):
-    """Exactly: to the byte, for every part and every stretch."""
+    """Exactly: to the byte, for every part and every phase."""
     setup = make_setup(config_only, "cuda", checkpointing, method=method, target_modules=("q_proj", "down_proj"))
     batch = collate(random_examples([40, 30, 50]))
     assert memory_estimate.predict(setup, batch) == step_memory(setup, batch, 24)
@@ -157,7 +157,7 @@ class Sized:
     def __call__(self, setup, dataset, schedule, max_tokens) -> Memory:
         self.asked.append((max_tokens, setup.checkpointing))
         tokens = max(max_tokens, int(dataset.lengths.max()) - 1)
-        return Memory(1000.0, 0.0, 0.0, 0.0, 0.0, (tokens * (1.0 if setup.checkpointing else 10.0),) * len(STRETCHES))
+        return Memory(1000.0, 0.0, 0.0, 0.0, 0.0, (tokens * (1.0 if setup.checkpointing else 10.0),) * len(PHASES))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_the_cut_that_fits(monkeypatch, tiny_folder, usable, keys, asked, expect
     choice = choose_cut(setup, dataset, make_schedule(2, 2, 1, 0, 0), asked, 16384, free)
     assert (choice.max_tokens, choice.checkpointing) == expected
     fits = choice.memory.total <= free * memory_estimate.USABLE
-    assert bool(choice.notes) != fits, "what does not fit is told"
+    assert bool(choice.notes) != fits, "what does not fit is reported"
     assert len(sized.asked) <= 5, "sizes that cannot fit are not tried"
 
 
@@ -194,8 +194,8 @@ def test_a_prediction_that_fails_stops_no_run_and_is_told(make_config, mute, mon
 
     monkeypatch.setattr(memory_estimate, "step_memory", broken)
     summary = loop.train(make_config(max_steps=1))
-    said = capsys.readouterr().out
-    assert "memory could not be predicted: RuntimeError: no fake\n" in said
+    printed = capsys.readouterr().out
+    assert "memory could not be predicted: RuntimeError: no fake\n" in printed
     assert summary.steps == 1
     assert summary.predicted_peak_memory_bytes is None
 
@@ -208,9 +208,9 @@ def test_a_mistake_in_the_settings_is_one_here_too(make_config, tiny_folder):
 
 def test_the_run_says_what_was_predicted_and_what_it_was(make_config, mute, capsys, tmp_path):
     summary = loop.train(make_config(max_steps=1))
-    said = capsys.readouterr().out
-    assert "predicted at the peak" in said
-    assert "were predicted" in said
+    printed = capsys.readouterr().out
+    assert "predicted at the peak" in printed
+    assert "the prediction was" in printed
     saved = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert saved["predicted_peak_memory_bytes"] == summary.predicted_peak_memory_bytes > 10**8
 

@@ -298,9 +298,9 @@ def test_runs_of_other_bases_bring_their_own_answers(make_run):
 def test_the_charts_say_what_is_smoothed(make_run):
     text = "".join(json.dumps({"step": step, "loss": 2.0}) + "\n" for step in range(1, 101))
     short, other, long = make_run("short"), make_run("other"), make_run("long", metrics=text)
-    said = "nats a learned token, smoothed (faint: each step)"
-    assert [said in page_of(*runs).of("small") for runs in ([short], [short, other])] == [False, False]
-    assert [said in page_of(*runs).of("small") for runs in ([long], [long, other])] == [True, True]
+    printed = "nats per supervised token, smoothed (faint: each step)"
+    assert [printed in page_of(*runs).of("small") for runs in ([short], [short, other])] == [False, False]
+    assert [printed in page_of(*runs).of("small") for runs in ([long], [long, other])] == [True, True]
 
 
 # ---------------------------------------------------------------------------------------- what a stranger left
@@ -379,7 +379,7 @@ def test_the_command_says_where_the_page_is(make_run, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["nowhere"], "nowhere is no run of minilora: nowhere/config.json: No such file or directory"),
+        (["nowhere"], "nowhere is not a run of minilora: nowhere/config.json: No such file or directory"),
         ([], "RUN"),
         (["nowhere", "--html", "/"], "--html /: it is a folder"),
     ],
@@ -387,9 +387,9 @@ def test_the_command_says_where_the_page_is(make_run, tmp_path, monkeypatch, cap
 def test_mistakes(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report", *flags]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 def test_what_is_no_run_is_refused(tmp_path):

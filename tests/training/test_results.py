@@ -241,9 +241,9 @@ def test_no_system_turn_is_what_was_trained_where_there_is_none(base, tmp_path, 
     config = small_config(base, tmp_path, system_prompt="", method="full", max_steps=1)
     loop.train(config)
     assert trained.trained_system_prompt(Path(config.output_dir) / "model") == ""
-    said = capsys.readouterr().out
-    assert "trained without a system turn" in said
-    assert "other programs insert 'You are a helpful assistant.' where a request brings no system turn" in said
+    printed = capsys.readouterr().out
+    assert "trained without a system turn" in printed
+    assert "other programs insert 'You are a helpful assistant.' if a request has no system turn" in printed
 
 
 def test_an_adapter_of_other_programs_is_asked_with_the_templates_system_turn(base, load_tiny, tmp_path):
@@ -263,10 +263,10 @@ def test_an_adapter_of_other_programs_is_asked_with_the_templates_system_turn(ba
 
 def test_the_end_names_the_system_prompt(base, tmp_path, bare_run, capsys):
     loop.train(small_config(base, tmp_path, system_prompt=PROMPT, max_steps=1))
-    said = capsys.readouterr().out
-    assert f"these commands use it: {PROMPT!r}" in said
-    assert "other programs insert 'You are a helpful assistant.'" in said
-    assert "nothing is left to train" not in said
+    printed = capsys.readouterr().out
+    assert f"these commands use it: {PROMPT!r}" in printed
+    assert "other programs insert 'You are a helpful assistant.'" in printed
+    assert "nothing is left to train" not in printed
 
 
 def test_a_finished_run_that_is_resumed_says_that_no_step_was_left(base, tmp_path, bare_run, capsys):
@@ -274,9 +274,9 @@ def test_a_finished_run_that_is_resumed_says_that_no_step_was_left(base, tmp_pat
     loop.train(small_config(base, tmp_path, **keys))
     capsys.readouterr()
     loop.train(small_config(base, tmp_path, **keys, resume="auto"))
-    said = capsys.readouterr().out
-    assert said.count("nothing is left to train") == 1
-    assert "all 1 steps are done: nothing is left to train; a larger --max_steps" in said
+    printed = capsys.readouterr().out
+    assert printed.count("nothing is left to train") == 1
+    assert "all 1 steps are done: nothing is left to train; a larger --max_steps" in printed
 
 
 @pytest.mark.parametrize(("method", "result"), [("lora", "adapter"), ("full", "model")])
