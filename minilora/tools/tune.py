@@ -117,8 +117,8 @@ def held_out_rows(run: Run, search: Search) -> Dataset:
     others = np.setdiff1d(np.arange(len(run.data.train)), trained)
     if len(others) < search.held_out:
         raise DataError(
-            f"{', '.join(run.config.train_files)}: {len(run.data.train):,} rows are too few for {search.steps} steps of "
-            f"{search.rows} rows and {search.held_out} held-out rows: give smaller --steps, --rows or --held_out"
+            f"{', '.join(run.config.train_files)}: {len(run.data.train):,} rows are too few for {search.steps} steps "
+            f"of {search.rows} rows and {search.held_out} held-out rows: give smaller --steps, --rows or --held_out"
         )
     return run.data.train.subset(rng.permutation(others)[: search.held_out])
 
