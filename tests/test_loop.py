@@ -364,7 +364,7 @@ def test_a_result_that_is_not_what_was_trained_is_not_called_verified(make_confi
         save_file(tensors | {name: tensors[name] * 1.5}, path, metadata)
 
     monkeypatch.setattr(adapter_format, "save", save_something_else)
-    with pytest.raises(AdapterError, match="logits differ"):
+    with pytest.raises(AdapterError, match="logits of the reloaded result differ"):
         loop.train(make_config())
 
 
