@@ -227,14 +227,56 @@ def load_from(args: argparse.Namespace) -> Any:
     return load_chat_model(args.model, args.adapter, args.dtype, args.device, args.system_prompt, args.allow_other_base)
 
 
-def file_to_write(flag: str, given: str | None) -> Path | None:
-    """The file that a flag names, if it is given. Raises ConfigError when none can be written there."""
+def file_to_write(flag: str, given: str | None, written_here: Callable[[Path], bool], *inputs: str) -> Path | None:
+    """The file that a flag names, if it is given. Raises ConfigError if it cannot be written, or must not be replaced.
+
+    written_here: whether an existing file is of the kind that this flag writes; no other file is replaced
+    inputs: the files that the command reads
+    """
     if given is None:
         return None
     path = Path(os.path.expanduser(given))
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"--{flag} {path}: it is a folder, or there is none to write it to")
+    if problem := why_not_written(path, written_here, [os.path.expanduser(file) for file in inputs]):
+        raise ConfigError(f"--{flag} {given}: {problem}. Give another file.")
     return path
+
+
+def why_not_written(path: Path, written_here: Callable[[Path], bool], inputs: Sequence[str]) -> str:
+    """The reason why `file_to_write` refuses a file; empty if it does not."""
+    folder = path.parent
+    try:
+        os.stat(folder)
+    except FileNotFoundError:
+        return f"the folder {folder} does not exist"
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    if os.path.isdir(path):
+        return "it is a folder"
+    if not os.path.isdir(folder):
+        return f"{folder} is not a folder"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"the folder {folder} cannot be written to: Permission denied"
+    if not os.path.exists(path):
+        return ""
+    if any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
+        return "it is the input itself"
+    if not os.path.isfile(path):
+        return "it is not a regular file"
+    return "" if os.path.getsize(path) == 0 or written_here(path) else "this flag did not write what is in that file"
+
+
+def holds(*keys: str) -> Callable[[Path], bool]:
+    """A function: whether a file is a JSON object with these keys."""
+
+    def written_here(path: Path) -> bool:
+        from minilora.utils.files import read_json
+
+        try:
+            return read_json(path).keys() >= set(keys)
+        except ValueError:
+            return False
+
+    return written_here
 
 
 def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
@@ -284,11 +326,11 @@ def generate_command(argv: Sequence[str]) -> int:
 
 def answer_file(args: argparse.Namespace, sampling: Any) -> int:
     """minilora generate --input_file; whatever is wrong with the files is found before the model is loaded."""
-    from minilora.inference.answer_file import check_output, read_questions, write_answers
+    from minilora.inference.answer_file import holds_answers, read_questions, write_answers
 
-    source, output = Path(args.input_file).expanduser(), Path(args.output_file).expanduser()
-    questions = read_questions(source)
-    check_output(source, output)
+    questions = read_questions(Path(args.input_file).expanduser())
+    output = file_to_write("output_file", args.output_file, holds_answers, args.input_file)
+    assert output is not None
     write_answers(load_from(args), questions, output, sampling, args.batch_size)
     print(f"answered {len(questions):,} rows: {output}")
     return 0
@@ -340,7 +382,7 @@ def eval_command(argv: Sequence[str]) -> int:
 
     from minilora.inference.evaluate import Request, evaluate, save, table
 
-    output = file_to_write("json", args.json)
+    output = file_to_write("json", args.json, holds("eval_file", "scores"), args.eval_file)
     asked = {key: value for key, value in vars(args).items() if key != "json"}
     found = evaluate(Request(**asked))
     print(table(found))
@@ -451,10 +493,13 @@ def inspect_command(argv: Sequence[str]) -> int:
     at_least(args, 1, "top_k")
     if args.raw and args.system_prompt is not None:
         raise ConfigError("--raw takes the text alone: leave --system_prompt out")
-    html, json = file_to_write("html", args.html), file_to_write("json", args.json)
-    chat_model = load_from(args)
 
     from minilora.tools import inspect as inspection
+    from minilora.utils.html import is_page
+
+    html = file_to_write("html", args.html, is_page)
+    json = file_to_write("json", args.json, holds("text", "predicted"))
+    chat_model = load_from(args)
 
     found = inspection.inspect(chat_model, args.text, args.raw, args.top_k)
     inspection.show(found)
@@ -481,10 +526,12 @@ def preview_command(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     at_least(args, 0, "rows")
     at_least(args, 1, "from_line")
-    html = file_to_write("html", args.html)
-    config = config_of(None, {name: value for name, value in vars(args).items() if name in keys})
 
     from minilora.tools import preview
+    from minilora.utils.html import is_page
+
+    html = file_to_write("html", args.html, is_page, args.file)
+    config = config_of(None, {name: value for name, value in vars(args).items() if name in keys})
 
     found = preview.preview(os.path.expanduser(args.file), config, args.rows, args.from_line)
     preview.show(found)
@@ -521,12 +568,12 @@ def report_command(argv: Sequence[str]) -> int:
     parser.add_argument("--html", metavar="F", help=where)
     args = parser.parse(argv)
     folders = [Path(os.path.expanduser(run)) for run in args.runs]
-    html = file_to_write("html", args.html)
 
     from minilora.training import report
+    from minilora.utils.html import is_page
 
-    if html is None:
-        html = (folders[0] if len(folders) == 1 else Path()) / report.REPORT
+    default = (folders[0] if len(folders) == 1 else Path()) / report.REPORT
+    html = file_to_write("html", args.html or (str(default) if os.path.exists(default) else None), is_page) or default
     report.write(folders, html)
     print(f"written: {html}")
     return 0
@@ -608,9 +655,11 @@ def report_errors(work: Callable[[list[str]], int | None], argv: list[str]) -> i
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, (OSError, MemoryError)):
+        if isinstance(error, OSError) and error.filename:
+            report_error(error, printable(f"{error.filename}: {error.strerror}"))
+        elif isinstance(error, (OSError, MemoryError)):
             report_error(error, printable(str(error)))
         else:
             what = printable(f"{type(error).__name__}: {error}")
             report_error(error, f"a mistake of ours: {what}. --debug shows where.")
-        return 4 if isinstance(error, MemoryError) else 1
+        return 4 if isinstance(error, MemoryError) else 2 if isinstance(error, PermissionError) else 1

@@ -284,6 +284,89 @@ def test_resume_of_nothing(no_model, capsys, tmp_path):
     assert "there is no run" in mistake(capsys, "train", "--resume", tmp_path / "none")
 
 
+# --------------------------------------------------------------------------------- outputs and permissions
+
+
+def outputs(rows, tiny_folder, run):
+    """Each verb with an output option, by verb and option; FILE stands for the output."""
+    inspect = ["inspect", "--model", tiny_folder, "hello"]
+    return {
+        "eval --json": ["eval", "--model", tiny_folder, "--eval_file", rows, "--json", "FILE"],
+        "inspect --json": [*inspect, "--json", "FILE"],
+        "inspect --html": [*inspect, "--html", "FILE"],
+        "preview --html": ["preview", "--model", tiny_folder, rows, "--html", "FILE"],
+        "report --html": ["report", run, "--html", "FILE"],
+    }
+
+
+OUTPUTS = ["eval --json", "inspect --json", "inspect --html", "preview --html", "report --html"]
+
+
+@pytest.mark.parametrize("which", OUTPUTS)
+def test_only_a_file_of_the_same_kind_is_replaced(which, tiny_folder, tmp_path, capsys):
+    """`eval --eval_file X --json X` once replaced X by the figures, and `--html` any file."""
+    rows, file, run = write_jsonl(tmp_path / "rows.jsonl", 2), tmp_path / "file", tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(rows)
+    command, flag = outputs(rows, tiny_folder, run)[which], which.split()[1]
+
+    def argv(output):
+        return [str(output) if word == "FILE" else str(word) for word in command]
+
+    contents = {"theirs.json": '{"a": 1}', "theirs.html": "<!doctype html>\n<html></html>", "notes": "mine"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    for name in (*contents, "rows.jsonl", "link"):
+        before = (tmp_path / name).read_bytes()
+        message = mistake(capsys, *argv(tmp_path / name))
+        assert message.startswith(f"minilora: {flag} {tmp_path / name}: ")
+        assert message.count("\n") == 1
+        assert (tmp_path / name).read_bytes() == before
+    for _ in range(2):  # the second time over its own file
+        assert cli.main(argv(file)) == 0
+    assert file.stat().st_size > 100
+
+
+@pytest.fixture
+def without_rights(environment, tmp_path):
+    """A function: what a command says to a user whom the permissions of files bind, as they do not bind root."""
+    code = "import faults, sys; from minilora import cli; faults.give_up_overriding_permissions(); sys.exit(cli.main())"
+    variables = environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+    def run(*argv):
+        command = [sys.executable, "-c", code, *map(str, argv)]
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        return done.stderr.removeprefix("minilora: ").rstrip()
+
+    return run
+
+
+def test_folders_without_permission(without_rights, tmp_path):
+    """They were once "[Errno 13]" with exit code 1, or "there is no such folder", or found after an hour of scoring."""
+    closed, fixed, rows = tmp_path / "closed", tmp_path / "fixed", ROOT / "data" / "valid.jsonl"
+    closed.mkdir(mode=0o000)
+    fixed.mkdir(mode=0o555)
+    inside, out, model = closed / "x", closed / "out", ["--model", demo.DEMO_DIR]
+    for verb in (["verify"], ["merge", "--output_dir", "merged"], ["train"], ["eval", "--eval_file", rows]):
+        assert without_rights(*verb, "--adapter", inside) == f"adapter {str(inside)!r}: Permission denied."
+    assert without_rights("generate", "--model", inside, "hi") == f"model {str(inside)!r}: Permission denied."
+    for folder in (out, fixed / "out"):
+        message = without_rights("train", *model, "--train_file", rows, "--output_dir", folder)
+        assert message == f"{folder}: cannot be written: Permission denied."
+    for folder in (closed, fixed):
+        why = f"{folder / 'out'}: the folder {folder} cannot be written to: Permission denied. Give another file."
+        for flag, argv in {
+            "--json": ["eval", *model, "--eval_file", rows],
+            "--html": ["report", "none"],
+            "--output_file": ["generate", *model, "--input_file", rows],
+        }.items():
+            assert without_rights(*argv, flag, folder / "out") == f"{flag} {why}"
+
+
 # -------------------------------------------------------------------------------- exit codes, our mistakes
 
 

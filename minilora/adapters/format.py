@@ -139,6 +139,8 @@ def write(folder: Path, named: Mapping[str, Tensor], config: AdapterConfig, meta
 def read_config(folder: Path) -> AdapterConfig:
     """Read and check adapter_config.json. Raises AdapterError that names the file and every invalid key."""
     path = folder / CONFIG
+    if files.denied(path):
+        raise AdapterError(f"adapter {str(folder)!r}: Permission denied.")
     try:
         raw = files.read_json(path)
     except ValueError as error:
@@ -191,6 +193,13 @@ def shown(value: Any) -> str:
     """A value of a file as a text for a message. A long text is cut at its end."""
     text = repr(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raise AdapterError if a folder for a result is in use, StorageError if it cannot be looked at."""
+    with files.storage_errors(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise AdapterError(f"{folder} is a file or is not empty: give another --output_dir")
 
 
 def refuse_pickle(folder: Path) -> None:
