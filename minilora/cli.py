@@ -73,14 +73,14 @@ def config_of(source: str | None, flags: dict[str, Any]) -> TrainConfig:
 
     Of an adapter to continue from, the keys that are not given are its own.
     """
-    base = None
+    base, given = None, (read_source(source) if source else {}) | flags
     if flags.get("resume") not in (None, "auto", "never"):
         from minilora.training.rundir import saved_config
 
-        base = saved_config(Path(os.path.expanduser(flags["resume"])))
-    folder = flags.get("adapter") or (read_source(source).get("adapter") if source else None)
+        base = saved_config(Path(os.path.expanduser(flags["resume"])), with_base="model" not in given)
+    folder = given.get("adapter")
     adapter_keys = None
-    if isinstance(folder, str) and folder.lower() != "none":
+    if isinstance(folder, str) and folder.lower() not in ("none", ""):
         from minilora.adapters.format import keys_to_go_on
 
         adapter_keys = keys_to_go_on(Path(os.path.expanduser(folder)))
@@ -207,11 +207,14 @@ def chat_parser(verb: str, description: str, several: bool = False) -> Parser:
 
 def sampling_of(args: argparse.Namespace) -> Any:
     """Sampling from parsed flags, whose numbers are checked before anything is loaded."""
-    good = args.max_new_tokens >= 1 and 0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0
-    if not good or not 0 <= args.seed < 2**63:
-        raise ConfigError(
-            "--max_new_tokens must be at least 1, --temperature, --top_k and --seed at least 0, --top_p in (0, 1]"
-        )
+    at_least(args, 1, "max_new_tokens")
+    at_least(args, 0, "top_k", "seed")
+    if not 0 <= args.temperature < math.inf:
+        raise ConfigError(f"--temperature = {args.temperature} must be a finite number, at least 0")
+    if not 0 < args.top_p <= 1:
+        raise ConfigError(f"--top_p = {args.top_p} must be more than 0 and at most 1")
+    if args.seed >= 2**63:
+        raise ConfigError(f"--seed = {args.seed} must be less than 2**63")
     import torch
 
     from minilora.inference.generate import Sampling
@@ -283,7 +286,7 @@ def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
     """Raise ConfigError for a number below what it can be."""
     for name in names:
         if getattr(args, name) < least:
-            raise ConfigError(f"--{name} must be at least {least}")
+            raise ConfigError(f"--{name} = {getattr(args, name)} must be at least {least}")
 
 
 def generate_command(argv: Sequence[str]) -> int:
@@ -431,8 +434,8 @@ def export_command(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--portable",
         action="store_true",
-        required=True,
-        help="multiply B by the scale, for programs that ignore lora_alpha or rsLoRA (the only form, always needed)",
+        default=True,
+        help="multiply B by the scale, for programs that ignore lora_alpha or rsLoRA (the only form, and the default)",
     )
     args = parser.parse(argv)
 

@@ -154,9 +154,11 @@ def test_debug_shows_the_traceback(shell):
         (["tran"], "Did you mean train?"),
         (["demo"], "Did you mean minilora train demo?"),
         (["train", "--lora_r"], "--lora_r: expected one argument"),
-        (["train", "lora", "full"], "unknown argument 'full'"),
+        (["train", "lora", "full"], "'lora' and 'full': give only one preset or TOML file."),
+        (["train", "--use_dora", "maybe"], "use_dora = 'maybe' is not true or false."),
+        (["train", "--use_dora", "demo", "demo"], "'demo' and 'demo': give only one preset or TOML file."),
         (["train", "--learning_rate", "-1e-4"], "learning_rate = -0.0001 must be at least 0."),
-        (["preview", "--train_on_prompt", "none.jsonl", "--rows", "-1"], "--rows must be at least 0"),
+        (["preview", "--train_on_prompt", "none.jsonl", "--rows", "-1"], "--rows = -1 must be at least 0"),
         (["train", "--target_modules", "--seed", "1"], "--target_modules: expected at least one argument"),
         (["generate", "--model", "x"], "PROMPT"),
         (["generate", "--modle", "x", "hello"], "Did you mean --model?"),
@@ -182,7 +184,8 @@ def test_mistakes_in_the_arguments(argv, answer, no_model, capsys):
 )
 def test_numbers_that_cannot_be_sampled_with(flags, no_model, capsys):
     message = mistake(capsys, "generate", "--model", "x", *flags, "hello")
-    assert flags[0] in message
+    assert re.findall(r"--[a-z_]+", message.removesuffix(" See minilora generate --help\n")) == [flags[0]]
+    assert flags[1].removesuffix(".") in message
 
 
 def test_bad_data_is_found_before_the_model_is_loaded(no_model, monkeypatch, capsys, tmp_path):
@@ -258,7 +261,7 @@ def test_adapters_that_are_none(capsys, tmp_path):
         assert "is no adapter" in message
     message = mistake(capsys, "generate", "--adapter", demo.DEMO_DIR, "hello")
     assert "is no adapter" in message
-    assert "It holds a model: give that as --model.\n" in message
+    assert "It holds a model: train, generate, chat, eval and inspect take it as --model.\n" in message
     ended = tmp_path / "ended"  # a run of method full
     (ended / "model").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl"):
@@ -278,6 +281,37 @@ def test_an_existing_run_is_not_overwritten(make_config, no_model, capsys):
     message = mistake(capsys, "train", *flags)
     assert f"{run} holds a run: --resume auto continues it, another --output_dir starts a new one." in message
     assert [path.name for path in run.iterdir()] == ["config.json"]
+
+
+def test_a_default_train_file_that_is_missing(no_model, monkeypatch, capsys, tmp_path):
+    """`train --model X` in another folder once only said that data/train.jsonl cannot be read."""
+    monkeypatch.chdir(tmp_path)
+    message = mistake(capsys, "train", "--model", demo.DEMO_DIR)
+    assert message.startswith("minilora: there is no data/train.jsonl in the current folder. This is the default of ")
+    assert message.count("\n") == 1
+
+
+def test_a_table_in_a_toml_file(capsys, tmp_path):
+    (tmp_path / "c.toml").write_text("[train]\nlora_r = 4\n")
+    message = mistake(capsys, "train", tmp_path / "c.toml")
+    assert message.endswith(
+        "there is no key 'train': tables are not used. Write the keys at the top of the file, without [train].\n"
+    )
+
+
+def test_resume_with_a_base_that_was_moved(no_model, capsys, tmp_path):
+    """The message was once that of a mistyped --model, which nobody had given."""
+    run, base = tmp_path / "run", tmp_path / "gone"
+    run.mkdir()
+    rows = str(write_jsonl(tmp_path / "rows.jsonl", 4))
+    (run / "config.json").write_text(json.dumps({"config": {"model": str(base), "train_file": rows}}))
+    message = mistake(capsys, "train", "--resume", run)
+    assert message == (
+        f"minilora: {run / 'config.json'} names the base {base}: there is no such folder. "
+        "Give its new place as --model.\n"
+    )
+    (tmp_path / "new").mkdir()
+    assert "new is no model folder" in mistake(capsys, "train", "--resume", run, "--model", tmp_path / "new")
 
 
 def test_resume_of_nothing(no_model, capsys, tmp_path):
