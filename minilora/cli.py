@@ -18,6 +18,14 @@ PROG = "minilora"
 LAST_WORDS_S = 1.0
 
 
+def started(verb: str) -> str:
+    """The command of a verb, as this process was started: a clone has no command `minilora`."""
+    script = os.path.basename(sys.argv[0])
+    if script == "train.py" and verb == "train":
+        return "python train.py"
+    return f"python -m {PROG} {verb}" if script in ("train.py", "__main__.py") else f"{PROG} {verb}"
+
+
 def train_parser() -> Parser:
     """The flags of `train`."""
     return run_parser(
@@ -29,7 +37,7 @@ def train_parser() -> Parser:
 
 def run_parser(verb: str, description: str) -> Parser:
     """The flags that say what a run is: one for each field of TrainConfig."""
-    parser = Parser(f"{PROG} {verb}", description)
+    parser = Parser(started(verb), description)
     parser.add_argument(
         "source", nargs="?", metavar="PRESET | FILE.toml", help=f"settings: {', '.join(presets())}, or a TOML file"
     )
@@ -181,7 +189,7 @@ def model_flags(parser: Parser, several: bool = False) -> None:
 
 def chat_parser(verb: str, description: str, several: bool = False) -> Parser:
     """The flags shared by the verbs that let a model speak."""
-    parser = Parser(prog=f"{PROG} {verb}", description=description)
+    parser = Parser(prog=started(verb), description=description)
     model_flags(parser, several)
     parser.add_argument(
         "--max_new_tokens", type=int, default=256, help="largest number of tokens of an answer (default: 256)"
@@ -362,7 +370,7 @@ def chat_command(argv: Sequence[str]) -> int:
 def eval_command(argv: Sequence[str]) -> int:
     """minilora eval"""
     parser = Parser(
-        f"{PROG} eval", "Score a base and its adapter on a file: loss, perplexity, token accuracy, exact answers."
+        started("eval"), "Score a base and its adapter on a file: loss, perplexity, token accuracy, exact answers."
     )
     model_flags(parser)
     parser.add_argument("--eval_file", metavar="F", required=True, help="JSONL file with rows as for training")
@@ -399,7 +407,7 @@ def eval_command(argv: Sequence[str]) -> int:
 def merge_command(argv: Sequence[str]) -> int:
     """minilora merge"""
     parser = Parser(
-        f"{PROG} merge", "Add an adapter to the weights of its base, and write a normal Hugging Face model folder."
+        started("merge"), "Add an adapter to the weights of its base, and write a normal Hugging Face model folder."
     )
     parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; it names its base")
     parser.add_argument("--output_dir", metavar="DIR", required=True, help="new folder for the merged model")
@@ -427,7 +435,7 @@ def merge_command(argv: Sequence[str]) -> int:
 def export_command(argv: Sequence[str]) -> int:
     """minilora export"""
     parser = Parser(
-        f"{PROG} export", "Write an adapter in a form that other programs read, and print the commands for them."
+        started("export"), "Write an adapter in a form that other programs read, and print the commands for them."
     )
     parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder")
     parser.add_argument("--output_dir", metavar="DIR", required=True, help="new folder for the exported adapter")
@@ -453,7 +461,7 @@ def export_command(argv: Sequence[str]) -> int:
 def verify_command(argv: Sequence[str]) -> int:
     """minilora verify"""
     parser = Parser(
-        f"{PROG} verify",
+        started("verify"),
         "Check that an adapter is complete and finite, fits its base, and gives the same results when merged.",
     )
     parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; it names its base")
@@ -479,7 +487,7 @@ def verify_command(argv: Sequence[str]) -> int:
 def inspect_command(argv: Sequence[str]) -> int:
     """minilora inspect"""
     parser = Parser(
-        f"{PROG} inspect",
+        started("inspect"),
         "Show a text inside a model: tokens, ids, embeddings, logits, the most probable next tokens. With an adapter, "
         "base and adapter are shown side by side.",
     )
@@ -516,7 +524,7 @@ def inspect_command(argv: Sequence[str]) -> int:
 def preview_command(argv: Sequence[str]) -> int:
     """minilora preview"""
     parser = Parser(
-        f"{PROG} preview",
+        started("preview"),
         "Show rows as the model sees them, with the learned tokens marked, and the contents of the file in figures.",
     )
     parser.add_argument("file", metavar="FILE", help="JSONL file with rows as for training")
@@ -546,7 +554,7 @@ def preview_command(argv: Sequence[str]) -> int:
 def doctor_command(argv: Sequence[str]) -> int:
     """minilora doctor"""
     parser = Parser(
-        f"{PROG} doctor",
+        started("doctor"),
         "Check everything that a run needs. The exit code is 0 when all is well, else 1; each failure has a fix.",
     )
     parser.add_argument("--model", metavar="NAME", help="also check this model: name on the hub, or folder")
@@ -563,7 +571,7 @@ def doctor_command(argv: Sequence[str]) -> int:
 def report_command(argv: Sequence[str]) -> int:
     """minilora report"""
     parser = Parser(
-        f"{PROG} report",
+        started("report"),
         "Write an HTML page about one run, or about several runs side by side. The page needs no network.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
@@ -602,19 +610,19 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def run(argv: Sequence[str]) -> int:
     """Carry out one verb."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {PROG} VERB ...\n")
+        print(f"usage: {started('VERB')} ...\n")
         for verb, (_, text) in VERBS.items():
             print(f"  {verb:<10} {text}")
-        print(f"\n{PROG} VERB --help explains a verb.")
+        print(f"\n{started('VERB')} --help explains a verb.")
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"{PROG} {__version__}")
         return 0
     if argv[0] not in VERBS:
-        hint = f" Did you mean {PROG} train {argv[0]}?" if is_source(argv[0]) else nearest(argv[0], VERBS)
+        hint = f" Did you mean {started('train')} {argv[0]}?" if is_source(argv[0]) else nearest(argv[0], VERBS)
         raise ConfigError(f"there is no verb {argv[0]!r} ({', '.join(VERBS)}).{hint}")
     if argv[0] != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError(f"only train runs in several processes: start {PROG} {argv[0]} without torchrun")
+        raise ConfigError(f"only train runs in several processes: start {started(argv[0])} without torchrun")
     return VERBS[argv[0]][0](argv[1:])
 
 

@@ -85,12 +85,33 @@ def test_help_comes_within_a_second(verb, shell):
         done = shell([*MODULE, *([verb] if verb else []), "--help"])
         seconds.append(time.perf_counter() - started)
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith(f"usage: minilora {verb or 'VERB'}")
+        assert done.stdout.startswith(f"usage: python -m minilora {verb or 'VERB'}")
     assert min(seconds) < 1
 
 
 def test_help_of_train_py_is_that_of_train(shell):
-    assert shell([*TRAIN, "--help"]).stdout == shell([*MODULE, "train", "--help"]).stdout
+    def text(command):
+        return " ".join(shell([*command, "--help"]).stdout.split())
+
+    assert text(TRAIN) == text([*MODULE, "train"]).replace("python -m minilora train", "python train.py")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (TRAIN, "python train.py"),
+        ([*MODULE, "train"], "python -m minilora train"),
+        (["minilora", "train"], "minilora train"),
+    ],
+)
+def test_messages_name_the_command_that_was_started(command, name, shell, tmp_path):
+    """They once named `minilora`, a command that the installation of the README does not give."""
+    script = tmp_path / "minilora"  # as pip writes it
+    script.write_text("import sys; from minilora.cli import main; sys.exit(main())")
+    command = [sys.executable, script, *command[1:]] if command[0] == "minilora" else command
+    assert f"See {name} --help" in shell([*command, "--lora_q", "1"]).stderr
+    assert f"{name} demo" in shell([*command, "--preset", "demo"]).stderr
+    assert shell([*command, "--help"]).stdout.startswith(f"usage: {name} ")
 
 
 def test_help_and_mistakes_load_neither_torch_nor_transformers(shell):
