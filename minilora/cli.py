@@ -18,6 +18,14 @@ PROG = "minilora"
 LAST_WORDS_S = 1.0
 
 
+def started(verb: str) -> str:
+    """The command of a verb, as this process was started: a clone has no command `minilora`."""
+    script = os.path.basename(sys.argv[0])
+    if script == "train.py" and verb == "train":
+        return "python train.py"
+    return f"python -m {PROG} {verb}" if script in ("train.py", "__main__.py") else f"{PROG} {verb}"
+
+
 def train_parser() -> Parser:
     """The flags of `train`."""
     return run_parser(
@@ -29,7 +37,7 @@ def train_parser() -> Parser:
 
 def run_parser(verb: str, description: str) -> Parser:
     """The flags that say what a run is: one for each field of TrainConfig."""
-    parser = Parser(f"{PROG} {verb}", description)
+    parser = Parser(started(verb), description)
     parser.add_argument(
         "source", nargs="?", metavar="PRESET | FILE.toml", help=f"settings: {', '.join(presets())}, or a TOML file"
     )
@@ -73,14 +81,14 @@ def config_of(source: str | None, flags: dict[str, Any]) -> TrainConfig:
 
     Of an adapter to continue from, the keys that are not given are its own.
     """
-    base = None
+    base, given = None, (read_source(source) if source else {}) | flags
     if flags.get("resume") not in (None, "auto", "never"):
         from minilora.training.rundir import saved_config
 
-        base = saved_config(Path(os.path.expanduser(flags["resume"])))
-    folder = flags.get("adapter") or (read_source(source).get("adapter") if source else None)
+        base = saved_config(Path(os.path.expanduser(flags["resume"])), with_base="model" not in given)
+    folder = given.get("adapter")
     adapter_keys = None
-    if isinstance(folder, str) and folder.lower() != "none":
+    if isinstance(folder, str) and folder.lower() not in ("none", ""):
         from minilora.adapters.format import keys_to_go_on
 
         adapter_keys = keys_to_go_on(Path(os.path.expanduser(folder)))
@@ -181,7 +189,7 @@ def model_flags(parser: Parser, several: bool = False) -> None:
 
 def chat_parser(verb: str, description: str, several: bool = False) -> Parser:
     """The flags shared by the verbs that let a model speak."""
-    parser = Parser(prog=f"{PROG} {verb}", description=description)
+    parser = Parser(prog=started(verb), description=description)
     model_flags(parser, several)
     parser.add_argument(
         "--max_new_tokens", type=int, default=256, help="largest number of tokens of an answer (default: 256)"
@@ -207,11 +215,14 @@ def chat_parser(verb: str, description: str, several: bool = False) -> Parser:
 
 def sampling_of(args: argparse.Namespace) -> Any:
     """Sampling from parsed flags, whose numbers are checked before anything is loaded."""
-    good = args.max_new_tokens >= 1 and 0 <= args.temperature < math.inf and 0 < args.top_p <= 1 and args.top_k >= 0
-    if not good or not 0 <= args.seed < 2**63:
-        raise ConfigError(
-            "--max_new_tokens must be at least 1, --temperature, --top_k and --seed at least 0, --top_p in (0, 1]"
-        )
+    at_least(args, 1, "max_new_tokens")
+    at_least(args, 0, "top_k", "seed")
+    if not 0 <= args.temperature < math.inf:
+        raise ConfigError(f"--temperature = {args.temperature} must be a finite number, at least 0")
+    if not 0 < args.top_p <= 1:
+        raise ConfigError(f"--top_p = {args.top_p} must be more than 0 and at most 1")
+    if args.seed >= 2**63:
+        raise ConfigError(f"--seed = {args.seed} must be less than 2**63")
     import torch
 
     from minilora.inference.generate import Sampling
@@ -227,21 +238,63 @@ def load_from(args: argparse.Namespace) -> Any:
     return load_chat_model(args.model, args.adapter, args.dtype, args.device, args.system_prompt, args.allow_other_base)
 
 
-def file_to_write(flag: str, given: str | None) -> Path | None:
-    """The file that a flag names, if it is given. Raises ConfigError when none can be written there."""
+def file_to_write(flag: str, given: str | None, written_here: Callable[[Path], bool], *inputs: str) -> Path | None:
+    """The file that a flag names, if it is given. Raises ConfigError if it cannot be written, or must not be replaced.
+
+    written_here: whether an existing file is of the kind that this flag writes; no other file is replaced
+    inputs: the files that the command reads
+    """
     if given is None:
         return None
     path = Path(os.path.expanduser(given))
-    if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"--{flag} {path}: it is a folder, or there is none to write it to")
+    if problem := why_not_written(path, written_here, [os.path.expanduser(file) for file in inputs]):
+        raise ConfigError(f"--{flag} {given}: {problem}. Give another file.")
     return path
+
+
+def why_not_written(path: Path, written_here: Callable[[Path], bool], inputs: Sequence[str]) -> str:
+    """The reason why `file_to_write` refuses a file; empty if it does not."""
+    folder = path.parent
+    try:
+        os.stat(folder)
+    except FileNotFoundError:
+        return f"the folder {folder} does not exist"
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    if os.path.isdir(path):
+        return "it is a folder"
+    if not os.path.isdir(folder):
+        return f"{folder} is not a folder"
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return f"the folder {folder} cannot be written to: Permission denied"
+    if not os.path.exists(path):
+        return ""
+    if any(os.path.exists(file) and os.path.samefile(path, file) for file in inputs):
+        return "it is the input itself"
+    if not os.path.isfile(path):
+        return "it is not a regular file"
+    return "" if os.path.getsize(path) == 0 or written_here(path) else "this flag did not write what is in that file"
+
+
+def holds(*keys: str) -> Callable[[Path], bool]:
+    """A function: whether a file is a JSON object with these keys."""
+
+    def written_here(path: Path) -> bool:
+        from minilora.utils.files import read_json
+
+        try:
+            return read_json(path).keys() >= set(keys)
+        except ValueError:
+            return False
+
+    return written_here
 
 
 def at_least(args: argparse.Namespace, least: int, *names: str) -> None:
     """Raise ConfigError for a number below what it can be."""
     for name in names:
         if getattr(args, name) < least:
-            raise ConfigError(f"--{name} must be at least {least}")
+            raise ConfigError(f"--{name} = {getattr(args, name)} must be at least {least}")
 
 
 def generate_command(argv: Sequence[str]) -> int:
@@ -284,11 +337,11 @@ def generate_command(argv: Sequence[str]) -> int:
 
 def answer_file(args: argparse.Namespace, sampling: Any) -> int:
     """minilora generate --input_file; whatever is wrong with the files is found before the model is loaded."""
-    from minilora.inference.answer_file import check_output, read_questions, write_answers
+    from minilora.inference.answer_file import holds_answers, read_questions, write_answers
 
-    source, output = Path(args.input_file).expanduser(), Path(args.output_file).expanduser()
-    questions = read_questions(source)
-    check_output(source, output)
+    questions = read_questions(Path(args.input_file).expanduser())
+    output = file_to_write("output_file", args.output_file, holds_answers, args.input_file)
+    assert output is not None
     write_answers(load_from(args), questions, output, sampling, args.batch_size)
     print(f"answered {len(questions):,} rows: {output}")
     return 0
@@ -317,7 +370,7 @@ def chat_command(argv: Sequence[str]) -> int:
 def eval_command(argv: Sequence[str]) -> int:
     """minilora eval"""
     parser = Parser(
-        f"{PROG} eval", "Score a base and its adapter on a file: loss, perplexity, token accuracy, exact answers."
+        started("eval"), "Score a base and its adapter on a file: loss, perplexity, token accuracy, exact answers."
     )
     model_flags(parser)
     parser.add_argument("--eval_file", metavar="F", required=True, help="JSONL file with rows as for training")
@@ -340,7 +393,7 @@ def eval_command(argv: Sequence[str]) -> int:
 
     from minilora.inference.evaluate import Request, evaluate, save, table
 
-    output = file_to_write("json", args.json)
+    output = file_to_write("json", args.json, holds("eval_file", "scores"), args.eval_file)
     asked = {key: value for key, value in vars(args).items() if key != "json"}
     found = evaluate(Request(**asked))
     print(table(found))
@@ -354,7 +407,7 @@ def eval_command(argv: Sequence[str]) -> int:
 def merge_command(argv: Sequence[str]) -> int:
     """minilora merge"""
     parser = Parser(
-        f"{PROG} merge", "Add an adapter to the weights of its base, and write a normal Hugging Face model folder."
+        started("merge"), "Add an adapter to the weights of its base, and write a normal Hugging Face model folder."
     )
     parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; it names its base")
     parser.add_argument("--output_dir", metavar="DIR", required=True, help="new folder for the merged model")
@@ -382,15 +435,15 @@ def merge_command(argv: Sequence[str]) -> int:
 def export_command(argv: Sequence[str]) -> int:
     """minilora export"""
     parser = Parser(
-        f"{PROG} export", "Write an adapter in a form that other programs read, and print the commands for them."
+        started("export"), "Write an adapter in a form that other programs read, and print the commands for them."
     )
     parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder")
     parser.add_argument("--output_dir", metavar="DIR", required=True, help="new folder for the exported adapter")
     parser.add_argument(
         "--portable",
         action="store_true",
-        required=True,
-        help="multiply B by the scale, for programs that ignore lora_alpha or rsLoRA (the only form, always needed)",
+        default=True,
+        help="multiply B by the scale, for programs that ignore lora_alpha or rsLoRA (the only form, and the default)",
     )
     args = parser.parse(argv)
 
@@ -408,7 +461,7 @@ def export_command(argv: Sequence[str]) -> int:
 def verify_command(argv: Sequence[str]) -> int:
     """minilora verify"""
     parser = Parser(
-        f"{PROG} verify",
+        started("verify"),
         "Check that an adapter is complete and finite, fits its base, and gives the same results when merged.",
     )
     parser.add_argument("--adapter", metavar="DIR", required=True, help="adapter folder; it names its base")
@@ -434,7 +487,7 @@ def verify_command(argv: Sequence[str]) -> int:
 def inspect_command(argv: Sequence[str]) -> int:
     """minilora inspect"""
     parser = Parser(
-        f"{PROG} inspect",
+        started("inspect"),
         "Show a text inside a model: tokens, ids, embeddings, logits, the most probable next tokens. With an adapter, "
         "base and adapter are shown side by side.",
     )
@@ -451,10 +504,13 @@ def inspect_command(argv: Sequence[str]) -> int:
     at_least(args, 1, "top_k")
     if args.raw and args.system_prompt is not None:
         raise ConfigError("--raw takes the text alone: leave --system_prompt out")
-    html, json = file_to_write("html", args.html), file_to_write("json", args.json)
-    chat_model = load_from(args)
 
     from minilora.tools import inspect as inspection
+    from minilora.utils.html import is_page
+
+    html = file_to_write("html", args.html, is_page)
+    json = file_to_write("json", args.json, holds("text", "predicted"))
+    chat_model = load_from(args)
 
     found = inspection.inspect(chat_model, args.text, args.raw, args.top_k)
     inspection.show(found)
@@ -468,7 +524,7 @@ def inspect_command(argv: Sequence[str]) -> int:
 def preview_command(argv: Sequence[str]) -> int:
     """minilora preview"""
     parser = Parser(
-        f"{PROG} preview",
+        started("preview"),
         "Show rows as the model sees them, with the learned tokens marked, and the contents of the file in figures.",
     )
     parser.add_argument("file", metavar="FILE", help="JSONL file with rows as for training")
@@ -481,10 +537,12 @@ def preview_command(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     at_least(args, 0, "rows")
     at_least(args, 1, "from_line")
-    html = file_to_write("html", args.html)
-    config = config_of(None, {name: value for name, value in vars(args).items() if name in keys})
 
     from minilora.tools import preview
+    from minilora.utils.html import is_page
+
+    html = file_to_write("html", args.html, is_page, args.file)
+    config = config_of(None, {name: value for name, value in vars(args).items() if name in keys})
 
     found = preview.preview(os.path.expanduser(args.file), config, args.rows, args.from_line)
     preview.show(found)
@@ -496,7 +554,7 @@ def preview_command(argv: Sequence[str]) -> int:
 def doctor_command(argv: Sequence[str]) -> int:
     """minilora doctor"""
     parser = Parser(
-        f"{PROG} doctor",
+        started("doctor"),
         "Check everything that a run needs. The exit code is 0 when all is well, else 1; each failure has a fix.",
     )
     parser.add_argument("--model", metavar="NAME", help="also check this model: name on the hub, or folder")
@@ -513,7 +571,7 @@ def doctor_command(argv: Sequence[str]) -> int:
 def report_command(argv: Sequence[str]) -> int:
     """minilora report"""
     parser = Parser(
-        f"{PROG} report",
+        started("report"),
         "Write an HTML page about one run, or about several runs side by side. The page needs no network.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
@@ -521,12 +579,12 @@ def report_command(argv: Sequence[str]) -> int:
     parser.add_argument("--html", metavar="F", help=where)
     args = parser.parse(argv)
     folders = [Path(os.path.expanduser(run)) for run in args.runs]
-    html = file_to_write("html", args.html)
 
     from minilora.training import report
+    from minilora.utils.html import is_page
 
-    if html is None:
-        html = (folders[0] if len(folders) == 1 else Path()) / report.REPORT
+    default = (folders[0] if len(folders) == 1 else Path()) / report.REPORT
+    html = file_to_write("html", args.html or (str(default) if os.path.exists(default) else None), is_page) or default
     report.write(folders, html)
     print(f"written: {html}")
     return 0
@@ -552,19 +610,19 @@ VERBS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 def run(argv: Sequence[str]) -> int:
     """Carry out one verb."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: {PROG} VERB ...\n")
+        print(f"usage: {started('VERB')} ...\n")
         for verb, (_, text) in VERBS.items():
             print(f"  {verb:<10} {text}")
-        print(f"\n{PROG} VERB --help explains a verb.")
+        print(f"\n{started('VERB')} --help explains a verb.")
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"{PROG} {__version__}")
         return 0
     if argv[0] not in VERBS:
-        hint = f" Did you mean {PROG} train {argv[0]}?" if is_source(argv[0]) else nearest(argv[0], VERBS)
+        hint = f" Did you mean {started('train')} {argv[0]}?" if is_source(argv[0]) else nearest(argv[0], VERBS)
         raise ConfigError(f"there is no verb {argv[0]!r} ({', '.join(VERBS)}).{hint}")
     if argv[0] != "train" and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise ConfigError(f"only train runs in several processes: start {PROG} {argv[0]} without torchrun")
+        raise ConfigError(f"only train runs in several processes: start {started(argv[0])} without torchrun")
     return VERBS[argv[0]][0](argv[1:])
 
 
@@ -608,9 +666,11 @@ def report_errors(work: Callable[[list[str]], int | None], argv: list[str]) -> i
     except Exception as error:
         if debug:
             raise
-        if isinstance(error, (OSError, MemoryError)):
+        if isinstance(error, OSError) and error.filename:
+            report_error(error, printable(f"{error.filename}: {error.strerror}"))
+        elif isinstance(error, (OSError, MemoryError)):
             report_error(error, printable(str(error)))
         else:
             what = printable(f"{type(error).__name__}: {error}")
             report_error(error, f"a mistake of ours: {what}. --debug shows where.")
-        return 4 if isinstance(error, MemoryError) else 1
+        return 4 if isinstance(error, MemoryError) else 2 if isinstance(error, PermissionError) else 1

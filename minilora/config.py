@@ -202,7 +202,7 @@ def problems(config: TrainConfig) -> list[str]:
         value = getattr(config, name)
         for path in (value or ("",)) if isinstance(value, tuple) else (value,):
             if path is not None and (not path.strip() or "\0" in path):
-                found.append(f"{name} = {path!r} names nothing: {FIELDS[name].metadata['help']}.")
+                found.append(f"{name} = {path!r} names nothing. Give a name: {FIELDS[name].metadata['help']}.")
     files, weights = config.train_files, config.train_weights
     places = [os.path.abspath(os.path.expanduser(path)) for path in files]
     if twice := [path for path, place in zip(files, places, strict=True) if places.count(place) > 1]:
@@ -311,6 +311,8 @@ def resolve(
 
 def _instead(name: str, given: Any) -> str:
     """What to do about a key that does not exist, behind its name."""
+    if isinstance(given, dict):
+        return f": tables are not used. Write the keys at the top of the file, without [{name[:99]}]."
     if name not in ("preset", "presets"):
         return f".{nearest(name[:99], FIELDS)}"
     file = presets().get(given, PRESET_DIR) if isinstance(given, str) else PRESET_DIR

@@ -85,12 +85,33 @@ def test_help_comes_within_a_second(verb, shell):
         done = shell([*MODULE, *([verb] if verb else []), "--help"])
         seconds.append(time.perf_counter() - started)
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith(f"usage: minilora {verb or 'VERB'}")
+        assert done.stdout.startswith(f"usage: python -m minilora {verb or 'VERB'}")
     assert min(seconds) < 1
 
 
 def test_help_of_train_py_is_that_of_train(shell):
-    assert shell([*TRAIN, "--help"]).stdout == shell([*MODULE, "train", "--help"]).stdout
+    def text(command):
+        return " ".join(shell([*command, "--help"]).stdout.split())
+
+    assert text(TRAIN) == text([*MODULE, "train"]).replace("python -m minilora train", "python train.py")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (TRAIN, "python train.py"),
+        ([*MODULE, "train"], "python -m minilora train"),
+        (["minilora", "train"], "minilora train"),
+    ],
+)
+def test_messages_name_the_command_that_was_started(command, name, shell, tmp_path):
+    """They once named `minilora`, a command that the installation of the README does not give."""
+    script = tmp_path / "minilora"  # as pip writes it
+    script.write_text("import sys; from minilora.cli import main; sys.exit(main())")
+    command = [sys.executable, script, *command[1:]] if command[0] == "minilora" else command
+    assert f"See {name} --help" in shell([*command, "--lora_q", "1"]).stderr
+    assert f"{name} demo" in shell([*command, "--preset", "demo"]).stderr
+    assert shell([*command, "--help"]).stdout.startswith(f"usage: {name} ")
 
 
 def test_help_and_mistakes_load_neither_torch_nor_transformers(shell):
@@ -154,9 +175,11 @@ def test_debug_shows_the_traceback(shell):
         (["tran"], "Did you mean train?"),
         (["demo"], "Did you mean minilora train demo?"),
         (["train", "--lora_r"], "--lora_r: expected one argument"),
-        (["train", "lora", "full"], "unknown argument 'full'"),
+        (["train", "lora", "full"], "'lora' and 'full': give only one preset or TOML file."),
+        (["train", "--use_dora", "maybe"], "use_dora = 'maybe' is not true or false."),
+        (["train", "--use_dora", "demo", "demo"], "'demo' and 'demo': give only one preset or TOML file."),
         (["train", "--learning_rate", "-1e-4"], "learning_rate = -0.0001 must be at least 0."),
-        (["preview", "--train_on_prompt", "none.jsonl", "--rows", "-1"], "--rows must be at least 0"),
+        (["preview", "--train_on_prompt", "none.jsonl", "--rows", "-1"], "--rows = -1 must be at least 0"),
         (["train", "--target_modules", "--seed", "1"], "--target_modules: expected at least one argument"),
         (["generate", "--model", "x"], "PROMPT"),
         (["generate", "--modle", "x", "hello"], "Did you mean --model?"),
@@ -182,7 +205,8 @@ def test_mistakes_in_the_arguments(argv, answer, no_model, capsys):
 )
 def test_numbers_that_cannot_be_sampled_with(flags, no_model, capsys):
     message = mistake(capsys, "generate", "--model", "x", *flags, "hello")
-    assert flags[0] in message
+    assert re.findall(r"--[a-z_]+", message.removesuffix(" See minilora generate --help\n")) == [flags[0]]
+    assert flags[1].removesuffix(".") in message
 
 
 def test_bad_data_is_found_before_the_model_is_loaded(no_model, monkeypatch, capsys, tmp_path):
@@ -258,7 +282,7 @@ def test_adapters_that_are_none(capsys, tmp_path):
         assert "is no adapter" in message
     message = mistake(capsys, "generate", "--adapter", demo.DEMO_DIR, "hello")
     assert "is no adapter" in message
-    assert "It holds a model: give that as --model.\n" in message
+    assert "It holds a model: train, generate, chat, eval and inspect take it as --model.\n" in message
     ended = tmp_path / "ended"  # a run of method full
     (ended / "model").mkdir(parents=True)
     for name in ("config.json", "metrics.jsonl"):
@@ -280,8 +304,122 @@ def test_an_existing_run_is_not_overwritten(make_config, no_model, capsys):
     assert [path.name for path in run.iterdir()] == ["config.json"]
 
 
+def test_a_default_train_file_that_is_missing(no_model, monkeypatch, capsys, tmp_path):
+    """`train --model X` in another folder once only said that data/train.jsonl cannot be read."""
+    monkeypatch.chdir(tmp_path)
+    message = mistake(capsys, "train", "--model", demo.DEMO_DIR)
+    assert message.startswith("minilora: there is no data/train.jsonl in the current folder. This is the default of ")
+    assert message.count("\n") == 1
+
+
+def test_a_table_in_a_toml_file(capsys, tmp_path):
+    (tmp_path / "c.toml").write_text("[train]\nlora_r = 4\n")
+    message = mistake(capsys, "train", tmp_path / "c.toml")
+    assert message.endswith(
+        "there is no key 'train': tables are not used. Write the keys at the top of the file, without [train].\n"
+    )
+
+
+def test_resume_with_a_base_that_was_moved(no_model, capsys, tmp_path):
+    """The message was once that of a mistyped --model, which nobody had given."""
+    run, base = tmp_path / "run", tmp_path / "gone"
+    run.mkdir()
+    rows = str(write_jsonl(tmp_path / "rows.jsonl", 4))
+    (run / "config.json").write_text(json.dumps({"config": {"model": str(base), "train_file": rows}}))
+    message = mistake(capsys, "train", "--resume", run)
+    assert message == (
+        f"minilora: {run / 'config.json'} names the base {base}: there is no such folder. "
+        "Give its new place as --model.\n"
+    )
+    (tmp_path / "new").mkdir()
+    assert "new is no model folder" in mistake(capsys, "train", "--resume", run, "--model", tmp_path / "new")
+
+
 def test_resume_of_nothing(no_model, capsys, tmp_path):
     assert "there is no run" in mistake(capsys, "train", "--resume", tmp_path / "none")
+
+
+# --------------------------------------------------------------------------------- outputs and permissions
+
+
+def outputs(rows, tiny_folder, run):
+    """Each verb with an output option, by verb and option; FILE stands for the output."""
+    inspect = ["inspect", "--model", tiny_folder, "hello"]
+    return {
+        "eval --json": ["eval", "--model", tiny_folder, "--eval_file", rows, "--json", "FILE"],
+        "inspect --json": [*inspect, "--json", "FILE"],
+        "inspect --html": [*inspect, "--html", "FILE"],
+        "preview --html": ["preview", "--model", tiny_folder, rows, "--html", "FILE"],
+        "report --html": ["report", run, "--html", "FILE"],
+    }
+
+
+OUTPUTS = ["eval --json", "inspect --json", "inspect --html", "preview --html", "report --html"]
+
+
+@pytest.mark.parametrize("which", OUTPUTS)
+def test_only_a_file_of_the_same_kind_is_replaced(which, tiny_folder, tmp_path, capsys):
+    """`eval --eval_file X --json X` once replaced X by the figures, and `--html` any file."""
+    rows, file, run = write_jsonl(tmp_path / "rows.jsonl", 2), tmp_path / "file", tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(rows)
+    command, flag = outputs(rows, tiny_folder, run)[which], which.split()[1]
+
+    def argv(output):
+        return [str(output) if word == "FILE" else str(word) for word in command]
+
+    contents = {"theirs.json": '{"a": 1}', "theirs.html": "<!doctype html>\n<html></html>", "notes": "mine"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    for name in (*contents, "rows.jsonl", "link"):
+        before = (tmp_path / name).read_bytes()
+        message = mistake(capsys, *argv(tmp_path / name))
+        assert message.startswith(f"minilora: {flag} {tmp_path / name}: ")
+        assert message.count("\n") == 1
+        assert (tmp_path / name).read_bytes() == before
+    for _ in range(2):  # the second time over its own file
+        assert cli.main(argv(file)) == 0
+    assert file.stat().st_size > 100
+
+
+@pytest.fixture
+def without_rights(environment, tmp_path):
+    """A function: what a command says to a user whom the permissions of files bind, as they do not bind root."""
+    code = "import faults, sys; from minilora import cli; faults.give_up_overriding_permissions(); sys.exit(cli.main())"
+    variables = environment | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+    def run(*argv):
+        command = [sys.executable, "-c", code, *map(str, argv)]
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2, done.stderr
+        assert done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        return done.stderr.removeprefix("minilora: ").rstrip()
+
+    return run
+
+
+def test_folders_without_permission(without_rights, tmp_path):
+    """They were once "[Errno 13]" with exit code 1, or "there is no such folder", or found after an hour of scoring."""
+    closed, fixed, rows = tmp_path / "closed", tmp_path / "fixed", ROOT / "data" / "valid.jsonl"
+    closed.mkdir(mode=0o000)
+    fixed.mkdir(mode=0o555)
+    inside, out, model = closed / "x", closed / "out", ["--model", demo.DEMO_DIR]
+    for verb in (["verify"], ["merge", "--output_dir", "merged"], ["train"], ["eval", "--eval_file", rows]):
+        assert without_rights(*verb, "--adapter", inside) == f"adapter {str(inside)!r}: Permission denied."
+    assert without_rights("generate", "--model", inside, "hi") == f"model {str(inside)!r}: Permission denied."
+    for folder in (out, fixed / "out"):
+        message = without_rights("train", *model, "--train_file", rows, "--output_dir", folder)
+        assert message == f"{folder}: cannot be written: Permission denied."
+    for folder in (closed, fixed):
+        why = f"{folder / 'out'}: the folder {folder} cannot be written to: Permission denied. Give another file."
+        for flag, argv in {
+            "--json": ["eval", *model, "--eval_file", rows],
+            "--html": ["report", "none"],
+            "--output_file": ["generate", *model, "--input_file", rows],
+        }.items():
+            assert without_rights(*argv, flag, folder / "out") == f"{flag} {why}"
 
 
 # -------------------------------------------------------------------------------- exit codes, our mistakes

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -36,7 +37,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as transformers_logging
 
-from minilora import batching, loop, lora
+from minilora import batching, cli, loop, lora
 from minilora.adapters import format as adapter_format
 from minilora.data import cache
 from minilora.data.dataset import IGNORE
@@ -641,16 +642,21 @@ def test_a_signal_in_the_middle_of_a_step_saves_and_the_run_goes_on_exactly(
 def test_a_signal_before_the_first_step_is_done_saves_nothing_and_a_new_start_is_whole(
     six_steps, tmp_path, monkeypatch
 ):
-    """The evaluation before the first step once stood twice in metrics.jsonl, from both starts."""
+    """The evaluation before the first step once stood twice in metrics.jsonl, from both starts.
+
+    The message once did not say how to start again, and the same command was refused.
+    """
     folder = tmp_path / "stopped"
     config = dataclasses.replace(six_steps, output_dir=str(folder), resume="auto")
     real = loop.train_step
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", lambda run: (os.kill(os.getpid(), signal.SIGTERM), real(run))[1])
-        with pytest.raises(StoppedError):
+        with pytest.raises(StoppedError) as caught:
             loop.train(config)
     assert checkpoint.checkpoints(folder) == []
-    loop.train(config)
+    told, _, command = str(caught.value).partition(". Start again with: python -m minilora ")
+    assert told == "stopped by SIGTERM before the first step was done: there was nothing to save"
+    assert cli.main(shlex.split(command)) == 0
     assert outcome(folder) == outcome(six_steps.output_dir)
 
 

@@ -14,7 +14,7 @@ from minilora.adapters import format as adapter_format
 from minilora.adapters.format import AdapterConfig, save_folder
 from minilora.config import TrainConfig
 from minilora.errors import AdapterError
-from minilora.lora import inject, is_quantised, lora_layers
+from minilora.lora import LoRALinear, inject, is_quantised, lora_layers
 from minilora.models.fingerprint import fingerprint
 from minilora.utils import files
 
@@ -75,8 +75,7 @@ def save_adapter(
     system_prompt: the system prompt of the training; `chat` uses it
     Raises AdapterError if the model has no adapter, and DivergedError if the adapter is not finite.
     """
-    if not lora_layers(model):
-        raise AdapterError("there is no adapter on this model. Use add_adapter or load_adapter first")
+    _refuse_none(model)
     path = Path(folder)
     metadata = {"system_prompt": system_prompt}
     if identity := _identity(model):
@@ -95,8 +94,9 @@ def merge_adapter(model: Any) -> None:
 
     The function of the model stays the same. Disabled layers lose their adapter, and their weights do not change.
     `minilora merge` merges from disk to disk, without the model in memory.
-    Raises AdapterError for a base in 4 or 8 bits.
+    Raises AdapterError for a model without an adapter, and for a base in 4 or 8 bits.
     """
+    _refuse_none(model)
     if any(is_quantised(layer.base_layer) for layer in lora_layers(model).values()):
         raise AdapterError("this base is in 4 or 8 bits: save the adapter, load it on the plain base, and merge there")
     for name, layer in lora_layers(model).items():
@@ -113,9 +113,23 @@ def _identity(model: Any) -> str:
     return "" if held and not hasattr(model, "base_fingerprint") else fingerprint(model)
 
 
-def _refuse_second(model: nn.Module) -> None:
-    if lora_layers(model):
+def _adapted(model: Any) -> dict[str, LoRALinear]:
+    """The adapter's layers by name; empty without an adapter. Raises AdapterError for what is not a model."""
+    if not isinstance(model, nn.Module):
+        raise AdapterError(
+            f"{adapter_format.shown(model)} is not a model: AutoModelForCausalLM.from_pretrained makes one"
+        )
+    return lora_layers(model)
+
+
+def _refuse_second(model: Any) -> None:
+    if _adapted(model):
         raise AdapterError("there is an adapter on this model: merge_adapter merges it, Adapters holds several")
+
+
+def _refuse_none(model: Any) -> None:
+    if not _adapted(model):
+        raise AdapterError("there is no adapter on this model. Use add_adapter or load_adapter first")
 
 
 def _in_step(model: nn.Module) -> None:

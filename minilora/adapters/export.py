@@ -33,8 +33,7 @@ def export_portable(folder: Path, output_folder: Path) -> AdapterConfig:
             f"{folder}: use_dora = True: programs that read only alpha and r do not read DoRA's magnitudes. Merge the "
             "adapter into its base: python -m minilora merge"
         )
-    if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
-        raise AdapterError(f"{output_folder} is a file or is not empty: give another --output_dir")
+    adapter_format.check_output_dir(output_folder)
     updates = adapter_format.read_updates(folder, config, _weight_shapes(folder, config))
     named: dict[str, Tensor] = {}
     for name, update in updates.items():

@@ -3,6 +3,7 @@
 Format: https://github.com/huggingface/peft/blob/main/docs/source/developer_guides/checkpoint.md
 """
 
+import json
 import math
 import os
 import re
@@ -139,6 +140,8 @@ def write(folder: Path, named: Mapping[str, Tensor], config: AdapterConfig, meta
 def read_config(folder: Path) -> AdapterConfig:
     """Read and check adapter_config.json. Raises AdapterError that names the file and every invalid key."""
     path = folder / CONFIG
+    if files.denied(path):
+        raise AdapterError(f"adapter {str(folder)!r}: Permission denied.")
     try:
         raw = files.read_json(path)
     except ValueError as error:
@@ -147,7 +150,8 @@ def read_config(folder: Path) -> AdapterConfig:
         elif other := what_else(folder):
             hint = f" But {other}"
         else:
-            hint = " It holds a model: give that as --model." * (folder / "config.json").is_file()
+            held = " It holds a model: train, generate, chat, eval and inspect take it as --model."
+            hint = held * (folder / "config.json").is_file()
         raise AdapterError(f"{folder} is no adapter: {path.name}: {error}.{hint}") from error
     refuse_pickle(folder)
     wrong = [
@@ -162,15 +166,21 @@ def read_config(folder: Path) -> AdapterConfig:
     targets, dropout = raw.get("target_modules"), raw.get("lora_dropout") or 0.0
     names = [targets] if isinstance(targets, str) else targets
     checks = {
-        "r": _is_int(raw.get("r")) and 1 <= raw["r"] <= 2**16,
-        "lora_alpha": _is_int(raw.get("lora_alpha")) and abs(raw["lora_alpha"]) < 2**31,
-        "lora_dropout": isinstance(dropout, (int, float)) and 0 <= dropout < 1,
-        "target_modules": isinstance(names, list) and bool(names) and all(isinstance(n, str) and n for n in names),
-        "use_rslora": isinstance(raw.get("use_rslora") or False, bool),
-        "use_dora": isinstance(raw.get("use_dora") or False, bool),
-        "base_model_name_or_path": isinstance(raw.get("base_model_name_or_path", ""), (str, type(None))),
+        ("r", "a whole number from 1 to 65536"): _is_int(raw.get("r")) and 1 <= raw["r"] <= 2**16,
+        ("lora_alpha", "a whole number"): _is_int(raw.get("lora_alpha")) and abs(raw["lora_alpha"]) < 2**31,
+        ("lora_dropout", "a number from 0 to below 1"): isinstance(dropout, (int, float)) and 0 <= dropout < 1,
+        ("target_modules", "a list of names"): (
+            isinstance(names, list) and bool(names) and all(isinstance(n, str) and n for n in names)
+        ),
+        ("use_rslora", "true or false"): isinstance(raw.get("use_rslora") or False, bool),
+        ("use_dora", "true or false"): isinstance(raw.get("use_dora") or False, bool),
+        ("base_model_name_or_path", "a text"): isinstance(raw.get("base_model_name_or_path", ""), (str, type(None))),
     }
-    wrong += [f"{key} = {shown(raw.get(key))} is not usable" for key, good in checks.items() if not good]
+    wrong += [
+        f"{key} {f'= {shown(raw[key])} is not' if key in raw else 'is missing: it is'} {needed}"
+        for (key, needed), good in checks.items()
+        if not good
+    ]
     if wrong:
         raise AdapterError(f"{path}: " + "; ".join(wrong) + f".{way_out}")
     assert names is not None
@@ -191,6 +201,13 @@ def shown(value: Any) -> str:
     """A value of a file as a text for a message. A long text is cut at its end."""
     text = repr(value)
     return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raise AdapterError if a folder for a result is in use, StorageError if it cannot be looked at."""
+    with files.storage_errors(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise AdapterError(f"{folder} is a file or is not empty: give another --output_dir")
 
 
 def refuse_pickle(folder: Path) -> None:
@@ -225,6 +242,11 @@ def layer_names(folder: Path, targets: Any) -> tuple[str, ...]:
         fitting = {target: {x for x in layers if x == target or x.endswith(f".{target}")} for target in targets}
         if not all(fitting.values()) or set(layers) != set().union(*fitting.values()):
             raise AdapterError(f"{folder}: target_modules = {shown(targets)} do not match the layers of its {WEIGHTS}.")
+    elif re.fullmatch(r"\w+", targets) and targets not in layers:  # a word is a regular expression of one name
+        raise AdapterError(
+            f"{folder / CONFIG}: target_modules = {shown(targets)} is a text, which PEFT compares with whole names: it "
+            f"would find no layer. Write a list: [{json.dumps(targets)}]."
+        )
     names = {layer.rpartition(".")[2] for layer in layers}
     if not names:
         raise AdapterError(f"{folder / WEIGHTS}: none of its tensors has a name in PEFT's form ({PREFIX}...).")
@@ -393,6 +415,12 @@ def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple
     if not targets:
         raise AdapterError(
             f"{folder / CONFIG}: target_modules {list(config.target_modules)} match nothing in this model"
+        )
+    named, held = ({name.rpartition(".")[2] for name in names} for names in (targets, adapted_layers(folder)))
+    if held and named != held:
+        raise AdapterError(
+            f"{folder / CONFIG}: target_modules names {', '.join(sorted(named))}, but the tensors of {WEIGHTS} are "
+            f"those of {', '.join(sorted(held))}: PEFT would load other layers. Correct target_modules."
         )
     if config.pattern and (lacking := set(targets) - set(adapted_layers(folder))):
         raise AdapterError(

@@ -62,8 +62,7 @@ def merge(
     """
     config = adapter_format.read_config(adapter_folder)
     base = adapter_format.find_base(model_name, adapter_folder)
-    if output_folder.exists() and (not output_folder.is_dir() or any(output_folder.iterdir())):
-        raise AdapterError(f"{output_folder} is a file or is not empty: give another --output_dir")
+    adapter_format.check_output_dir(output_folder)
     try:
         base_config = files.read_json(base / "config.json")
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -72,6 +73,11 @@ class Sets:
 
 def read_sources(config: TrainConfig) -> Sources:
     """Read all files of a run. Raises DataError with the problems of all files."""
+    if config.train_files == (TrainConfig.train_file,) and not os.path.lexists(config.train_files[0]):
+        raise DataError(
+            f"there is no {config.train_file} in the current folder. This is the default of --train_file: give "
+            "--train_file FILE, or start in the folder of minilora's clone."
+        )
     paths = [*config.train_files, *([config.eval_file] if config.eval_file else [])]
 
     def read_one(path: str) -> Source:

@@ -47,8 +47,7 @@ def stream_rows(path: str, on_bad_rows: str) -> Generator[Row, None, Reading]:
         hint = hint if good else f"all {total:,} rows are bad. Correct them."
         raise DataError("\n".join([*bad[:MAX_PROBLEMS_SHOWN], *more, hint]))
     if not good:
-        why = f"all {total:,} rows are bad, the first: {bad[0]}" if bad else "it holds no rows"
-        raise DataError(f"{path}: nothing to read: {why}.")
+        raise DataError(f"all {total:,} rows are bad, the first: {bad[0]}." if bad else f"{path}: it holds no rows.")
     return Reading(path, file_sha256(path), format, format_line, total, tuple(bad), unread)
 
 

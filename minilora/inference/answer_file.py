@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from minilora.data.formats import Turn, to_turns
 from minilora.data.jsonl import parse_line, read_lines
 from minilora.data.report import MAX_PROBLEMS_SHOWN
 from minilora.data.whole_file import whole_file_mistake
-from minilora.errors import DataError, StorageError
+from minilora.errors import DataError, StoppedError, StorageError
 from minilora.inference.generate import ChatModel, Sampling, answer_all, prompt_ids
 from minilora.lora import lora_layers
 from minilora.models.fingerprint import fingerprint
@@ -78,33 +80,33 @@ def to_question(row: dict[str, Any]) -> tuple[Turn, ...]:
     raise ValueError(f"the fields are {', '.join(map(repr, row)) or 'none'}; needed is messages, prompt or instruction")
 
 
-def check_output(source: Path, output: Path) -> None:
-    """Raise StorageError when the answers to `source` could not be written to `output`: hours before it is tried."""
-    if output.exists() and (not output.is_file() or output.samefile(source)):
-        raise StorageError(f"{output} is {'the input itself' if output.is_file() else 'no file'}: give another file")
-    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise StorageError(f"{output.parent} is no folder that can be written to")
+def holds_answers(path: Path) -> bool:
+    """Whether each row of a JSONL file has an answer, as in a file that `write_answers` wrote."""
+    try:
+        return all(ANSWER in parse_line(line) for _, line in read_lines(path))
+    except ValueError:  # DataError included
+        return False
 
 
 class PartialAnswers:
     """The answers of an unfinished file, appended as they come, so that a killed command loses none of them.
 
     They stand in OUTPUT.partial. Its first line is the key of the work: rows, sampling, system prompt and model. Each
-    further line is [place of the row, answer]. A file of other work is replaced, and a line cut short does not count.
+    further line is [place of the row, answer]. A line cut short does not count. Raises StorageError for a file that
+    holds anything else, or answers of other work.
     """
 
     def __init__(self, output: Path, key: str) -> None:
-        self.path, self.replaces = output.with_name(f"{output.name}.partial"), False
-        self.answers: dict[int, str] = {}
+        self.path = output.with_name(f"{output.name}.partial")
         lines = self._lines()
-        if lines[:1] == [key]:
-            self.answers = {line[0]: line[1] for line in lines[1:] if _is_answer(line)}
-        elif lines:
-            if not (isinstance(lines[0], str) and re.fullmatch(KEY, lines[0])):
-                raise StorageError(
-                    f"{self.path} is no file of answers from here: move it, or give another --output_file"
-                )
-            self.replaces = True
+        self.answers: dict[int, str] = {line[0]: line[1] for line in lines[1:] if _is_answer(line)}
+        if lines and not (isinstance(lines[0], str) and re.fullmatch(KEY, lines[0])):
+            raise StorageError(f"{self.path} is no file of answers from here: move it, or give another --output_file")
+        if self.answers and lines[0] != key:
+            raise StorageError(
+                f"{self.path} keeps answers ({len(self.answers):,}) to other rows, or with other settings or another "
+                f"model. Give those again to continue, or another --output_file, or delete {self.path}."
+            )
         kept = [json.dumps(line) + "\n" for line in (key, *self.answers.items())]
         files.replace_file(self.path, [line.encode() for line in kept])
 
@@ -130,6 +132,14 @@ class PartialAnswers:
 
 def _is_answer(line: Any) -> bool:
     return isinstance(line, list) and [type(part) for part in line] == [int, str]
+
+
+def gzipped(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The chunks as the content of a .gz file."""
+    packer = zlib.compressobj(wbits=16 + zlib.MAX_WBITS)  # 16: with the header of gzip
+    for chunk in chunks:
+        yield packer.compress(chunk)
+    yield packer.flush()
 
 
 def key_of(chat_model: ChatModel, questions: Sequence[PromptRow], sampling: Sampling) -> str:
@@ -159,20 +169,22 @@ def write_answers(
         except DataError as error:
             raise DataError(f"line {question.line}: {error}") from error
     partial = PartialAnswers(output, key_of(chat_model, questions, sampling))
-    if partial.replaces:
-        print(f"{partial.path}: its answers belong to other rows, settings or another model; replaced", file=sys.stderr)
     if partial.answers:
         print(f"{partial.path}: {len(partial.answers):,} of {len(questions):,} rows are answered", file=sys.stderr)
     places = [place for place in range(len(questions)) if place not in partial.answers]
     turns = [questions[place].turns for place in places]
-    answer_all(
-        chat_model, turns, sampling, batch_size, "answers", lambda number, text: partial.add(places[number], text)
-    )
+    try:
+        answer_all(
+            chat_model, turns, sampling, batch_size, "answers", lambda number, text: partial.add(places[number], text)
+        )
+    except KeyboardInterrupt as error:
+        kept = f"{len(partial.answers):,} of {len(questions):,} answers are kept in {partial.path}"
+        raise StoppedError(f"interrupted; {kept}. The same command continues.", signal.SIGINT) from error
 
     def lines() -> Iterator[bytes]:
         for place, question in enumerate(questions):  # the row as it was written, digit for digit
             added = json.dumps({ANSWER: partial.answers[place]}, ensure_ascii=False)
             yield f"{question.text[:-1].rstrip()}, {added[1:]}\n".encode()
 
-    files.replace_file(output, lines())
+    files.replace_file(output, gzipped(lines()) if output.suffix == ".gz" else lines())
     partial.path.unlink(missing_ok=True)

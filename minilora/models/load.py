@@ -35,6 +35,8 @@ def find_model(name: str) -> Path:
     Raises ModelError that says what was tried. An unreachable hub is noticed within HUB_TIMEOUT_S.
     """
     folder = Path(os.path.expanduser(name))
+    if files.denied(folder / "config.json"):
+        raise ModelError(f"model {name!r}: Permission denied.")
     if os.path.isdir(folder):  # never raises, for any name
         hint = what_else(folder)
         if hint or not (folder / "config.json").is_file():

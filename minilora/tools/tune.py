@@ -43,8 +43,9 @@ class Search:
     held_out: int  # rows
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.rows, self.held_out) < 1:
-            raise ConfigError("--steps, --rows and --held_out must be at least 1")
+        for name in ("steps", "rows", "held_out"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name} = {getattr(self, name)} must be at least 1")
         if not all(0 < rate < math.inf for rate in self.rates):
             raise ConfigError(f"--rates {' '.join(map(str, self.rates))}: a rate must be a finite number above 0")
 

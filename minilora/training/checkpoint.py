@@ -150,7 +150,7 @@ def save(
     weights, moments = contents(model, optimizer)
     with files.storage_errors(path.parent):
         files.sweep(path.parent)
-    with files.new_folder(path) as folder:
+    with files.new_folder(path, saved_before=bool(checkpoints(run))) as folder:
         records = {
             WEIGHTS: files.write_file(
                 folder / WEIGHTS, files.safetensors_chunks(weights, {"format": "pt"}, full_tensor)

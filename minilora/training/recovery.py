@@ -28,7 +28,8 @@ def stopped(run: Run, error: StoppedError) -> None:
         saved = save_checkpoint(run)
         error.args = (f"{error}; saved {saved}. Go on with: {run.resume_command}",)
     else:
-        error.args = (f"{error} before the first step was done: there was nothing to save",)
+        again = f"Start again with: {run.resume_command}"
+        error.args = (f"{error} before the first step was done: there was nothing to save. {again}",)
 
 
 def skip(run: Run, indices: np.ndarray, loss: float, grad_norm: float) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from minilora.config import TrainConfig
-from minilora.errors import CheckpointError, ConfigError
+from minilora.errors import CheckpointError, ConfigError, ModelError
 from minilora.training import checkpoint
 from minilora.utils import files
 
@@ -172,12 +172,20 @@ def lasting_settings(config: TrainConfig) -> dict[str, Any]:
     return settings | {"train_file": train_files if len(train_files) > 1 else train_files[0]}
 
 
-def saved_config(path: Path) -> dict[str, Any]:
-    """The settings of the run of --resume PATH; keys of the command line override them."""
+def saved_config(path: Path, with_base: bool = False) -> dict[str, Any]:
+    """The settings of the run of --resume PATH; keys of the command line override them.
+
+    with_base: raise ModelError if the run's base was a folder that is no longer there
+    """
     run = _run_of(path)
     if not os.path.isfile(run / CONFIG):  # raises no error, even if the name is too long
         raise CheckpointError(f"--resume {path}: there is no run: {run / CONFIG} is missing.")
     saved = checkpoint.read_json(run / CONFIG).get("config")
     if not isinstance(saved, dict):
         raise CheckpointError(f"{run / CONFIG}: 'config' is missing: this is not a run of minilora.")
+    base = str(saved.get("model"))
+    if with_base and os.path.isabs(base) and not os.path.isdir(base):
+        raise ModelError(
+            f"{run / CONFIG} names the base {base}: there is no such folder. Give its new place as --model."
+        )
     return {key: value for key, value in saved.items() if key not in ("resume", "output_dir")}

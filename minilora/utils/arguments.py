@@ -33,26 +33,31 @@ class Parser(argparse.ArgumentParser):
             flags = [word for word in unknown if re.match(r"--?[^\W\d]", word)]
             hints = []
             for word in flags or unknown:  # what follows an unknown flag is its value, no second mistake
-                hint = nearest(word.partition("=")[0], known)
+                mistake, hint = f"unknown argument {word!r}", nearest(word.partition("=")[0], known)
                 if word.startswith("--preset") and hasattr(args, "source"):
                     hint = f" A preset is named without a flag: {self.prog} demo."
-                hints.append(f"unknown argument {word!r}.{hint}")
+                elif not flags and getattr(args, "source", None):
+                    mistake = f"{args.source!r} and {word!r}: give only one preset or TOML file"
+                hints.append(f"{mistake}.{hint}")
             raise ConfigError(f"{' '.join(hints)} See {self.prog} --help")
         return args
 
     def with_own_values(self, words: list[str]) -> list[str]:
         """The words with the values of a flag behind an equals sign, where argparse would take too many or too few.
 
-        A boolean flag takes no other word than one that is meant as a boolean; a flag with several values does not take
-        a preset or a TOML file; a negative number is a value.
+        A boolean flag takes no word that may be meant otherwise; a flag with several values does not take a preset or a
+        TOML file; a negative number is a value.
         """
         nargs = {flag: action.nargs for action in self._actions for flag in action.option_strings}
+        positional = {action.dest for action in self._actions if not action.option_strings}
         found = []
         while words:
             word, *words = words
             kind, count = nargs.get(word, 0), 0
             if kind == "?":
-                count = int(bool(words) and words[0].lower() in BOOLEAN_WORDS)
+                boolean = bool(words) and words[0].lower() in BOOLEAN_WORDS
+                other = bool(words) and positional == {"source"} and is_value(words[0])
+                count = int(boolean or (other and not nearest(words[0], presets())))
                 word += "" if count else "=true"
             elif kind == "+":
                 count = len(list(itertools.takewhile(is_value, words)))

@@ -43,16 +43,39 @@ class FileRecord:
 
 
 @contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Inside this block, an OSError becomes a StorageError that names the path and the reason."""
+def storage_errors(path: Path, saved_before: bool = False) -> Iterator[None]:
+    """Inside this block, an OSError becomes a StorageError that names the path and the reason.
+
+    saved_before: whether there is something to lose, even if the path does not exist yet
+    """
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
-        failed = error.filename or path
+        failed, there = Path(str(error.filename or path)), os.path.lexists(path)
+        # a copy that fails names its source first; a temporary name, or one in a folder to come, helps nobody
+        if error.filename2 or aside_of(path).name in failed.parts or (failed.is_relative_to(path) and not there):
+            failed = path
         reason = f"{failed}: cannot be written: {error.strerror}"
-        raise StorageError(f"{reason}. What was saved before is intact.", reason) from error
+        intact = " What was saved before is intact." if saved_before or there else ""
+        raise StorageError(f"{reason}.{intact}", reason) from error
+
+
+def denied(path: Path) -> bool:
+    """Whether the user may not even look whether a path exists."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        pass
+    return False
+
+
+def aside_of(path: Path) -> Path:
+    """The temporary name under which a file or a folder is written before it is renamed to `path`."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
@@ -76,7 +99,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
 
 def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
     """Write a temporary file and rename it into place. A reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = aside_of(path)
     with storage_errors(path):
         try:
             record = write_file(temporary, chunks)
@@ -99,10 +122,13 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill. If the block succeeds, it is renamed to `path`; else it is deleted."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with storage_errors(path):
+def new_folder(path: Path, saved_before: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder to fill. If the block succeeds, it is renamed to `path`; else it is deleted.
+
+    saved_before: as in `storage_errors`
+    """
+    temporary = aside_of(path)
+    with storage_errors(path, saved_before):
         os.makedirs(path.parent, exist_ok=True)
         remove_folder(temporary)
         os.mkdir(temporary)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 MAX_POINTS = 160  # of a line; a chart of this width cannot show more
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 210, 50, 10, 10, 24  # of a chart, in units of its viewBox
@@ -93,14 +94,26 @@ def tag(name: str, *content: object, **attributes: object) -> Html:
     return Html(f"<{name}{text}>{''.join(map(escape, content))}</{name}>")
 
 
+META = Html(
+    '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'
+)
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file begins as `page` begins a document."""
+    start = f'<!doctype html>\n<html lang="en"><head>{META}'.encode()
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(start)) == start
+    except OSError:
+        return False
+
+
 def page(title: str, *sections: Html) -> Html:
     """A complete HTML document."""
-    head = Html(
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'
-    )
     body = tag("body", tag("main", tag("h1", title), *sections))
-    head = tag("head", head, tag("title", title), tag("style", Html(STYLE)))
+    head = tag("head", META, tag("title", title), tag("style", Html(STYLE)))
     return Html(f"<!doctype html>\n{tag('html', head, body, lang='en')}\n")
 
 

@@ -142,7 +142,8 @@ def test_merging_keeps_the_function_and_leaves_plain_layers(plain, dtype):
     assert type(merged) is nn.Linear
     assert torch.equal(merged.weight, rounded_once)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.2)
-    minilora.merge_adapter(model)  # nothing to fold in: nothing happens
+    with pytest.raises(AdapterError, match="there is no adapter on this model"):
+        minilora.merge_adapter(model)
     minilora.add_adapter(model, "attn")  # and the next one may come
 
 
@@ -193,6 +194,21 @@ def test_values_that_cannot_be_are_named_and_change_nothing(plain, keys, message
         minilora.add_adapter(model, **keys)
     assert not lora_layers(model)
     assert all(param.requires_grad for param in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: minilora.add_adapter(model, "attn"),
+        lambda model: minilora.load_adapter(model, "folder"),
+        lambda model: minilora.save_adapter(model, "folder", None),
+        lambda model: minilora.merge_adapter(model),
+    ],
+)
+def test_a_name_in_place_of_a_model(call):
+    """It was once "'str' object has no attribute 'named_modules'"."""
+    with pytest.raises(AdapterError, match=r"^'x' is not a model: AutoModelForCausalLM.from_pretrained makes one$"):
+        call("x")
 
 
 def test_wrong_order_and_wrong_base_are_named(plain, tmp_path):

@@ -1,5 +1,6 @@
 """Adapters for other programs; what `verify` finds; and, for each verb, paths and adapters that are wrong."""
 
+import errno
 import json
 import shlex
 import shutil
@@ -127,6 +128,27 @@ def test_nothing_is_overwritten(write, tmp_path):
         assert adapter_format.read_config(folder) == before
 
 
+def test_export_without_the_flag_is_portable_too(write, tmp_path, capsys):
+    """`--portable` was once required, although there is no other form."""
+    folder, _ = write()
+    assert cli.main(["export", "--adapter", str(folder), "--output_dir", str(tmp_path / "out")]) == 0
+    assert adapter_format.read_config(tmp_path / "out").scale == 1
+
+
+def test_a_full_disk_names_the_output_folder(write, tmp_path, capsys, monkeypatch):
+    """The copy of the tokenizer once blamed its source."""
+    folder, _ = write()
+
+    def copyfile(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
+    assert cli.main(["export", "--adapter", str(folder), "--output_dir", str(tmp_path / "out")]) == 2
+    message = f"minilora: {tmp_path / 'out'}: cannot be written: No space left on device.\n"
+    assert capsys.readouterr().err == message
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_note_says_what_other_programs_take(write, tmp_path, capsys):
     folder, _ = write()
     argv = ["export", "--adapter", str(folder), "--output_dir", str(tmp_path / "out"), "--portable"]
@@ -211,6 +233,24 @@ def test_an_adapter_that_is_not_finite_is_not_verified(value, write, capsys):
 
 
 # ---------------------------------------------------------------------------------------- wrong, for each verb
+
+
+def test_verify_refuses_target_modules_of_other_layers(write, tmp_path, capsys):
+    """PEFT reads target_modules first: it would put new, empty layers where this adapter has none."""
+    folder, _ = write(ALL[:2])
+    path = folder / adapter_format.CONFIG
+    settings = json.loads(path.read_text())
+    for targets, message in {
+        ("q_proj", "v_proj"): "target_modules names q_proj, v_proj, but the tensors of adapter_model.safetensors are "
+        "those of k_proj, q_proj: PEFT would load other layers. Correct target_modules.",
+        ("q_proj",): "target_modules names q_proj, but the tensors of adapter_model.safetensors are those of k_proj, "
+        "q_proj: PEFT would load other layers. Correct target_modules.",
+        "q_proj": "target_modules = 'q_proj' is a text, which PEFT compares with whole names: it would find no layer. "
+        'Write a list: ["q_proj"].',
+    }.items():
+        path.write_text(json.dumps(settings | {"target_modules": targets}))
+        assert cli.main(["verify", "--adapter", str(folder)]) == 2
+        assert capsys.readouterr().err == f"minilora: {path}: {message}\n"
 
 
 @pytest.fixture
@@ -304,8 +344,11 @@ def test_a_base_that_is_not_there(verb, verbs, write, tmp_path, capsys):
         (["eval", "--adapter", "DIR"], "--eval_file"),
         (["eval", "--eval_file", "ROWS"], "give --adapter DIR, or --model NAME"),
         (["eval", "--adapter", "DIR", "--eval_file", "ROWS", "--merged", "none"], "'none'"),
-        (["eval", "--adapter", "DIR", "--eval_file", "ROWS", "--max_rows", "-1"], "--max_rows must be at least 0"),
-        (["eval", "--adapter", "DIR", "--eval_file", "ROWS", "--batch_size", "0"], "--batch_size must be at least 1"),
+        (["eval", "--adapter", "DIR", "--eval_file", "ROWS", "--max_rows", "-1"], "--max_rows = -1 must be at least 0"),
+        (
+            ["eval", "--adapter", "DIR", "--eval_file", "ROWS", "--batch_size", "0"],
+            "--batch_size = 0 must be at least 1",
+        ),
         (["eval", "--adapter", "DIR", "--eval_file", "ROWS", "--json", "none/x.json"], "--json none/x.json"),
         (["generate", "--adapter", "DIR", "--input_file", "none.jsonl", "--output_file", "o"], "none.jsonl cannot be"),
         (["generate", "--adapter", "DIR", "--input_file", "ROWS"], "both --input_file and --output_file"),
@@ -313,7 +356,6 @@ def test_a_base_that_is_not_there(verb, verbs, write, tmp_path, capsys):
         (["generate", "--adapter", "DIR", "--input_file", "ROWS", "--output_file", "o", "hello"], "give one or more"),
         (["generate", "--adapter", "DIR"], "give one or more of PROMPT"),
         (["chat", "--adapter", "DIR", "--adapter", "DIR"], "are both named"),
-        (["export", "--adapter", "DIR", "--output_dir", "out"], "--portable"),
         (["export", "--adapter", "DIR", "--portable"], "--output_dir"),
         (["verify"], "--adapter"),
     ],

@@ -235,6 +235,21 @@ def test_numbers_and_nulls_as_others_write_them(write, load_tiny):
     assert torch.equal(logits(model), logits(tuned))
 
 
+def test_settings_of_the_wrong_kind_say_what_is_possible(write):
+    """They were once "r = '8' is not usable; lora_alpha = None is not usable"."""
+    folder, _ = write()
+    path = folder / adapter_format.CONFIG
+    settings = json.loads(path.read_text()) | {"r": "8", "use_dora": 1}
+    del settings["lora_alpha"]
+    path.write_text(json.dumps(settings))
+    with pytest.raises(AdapterError) as caught:
+        adapter_format.read_config(folder)
+    assert str(caught.value) == (
+        f"{path}: r = '8' is not a whole number from 1 to 65536; lora_alpha is missing: it is a whole number; "
+        "use_dora = 1 is not true or false."
+    )
+
+
 def test_a_pickled_adapter_is_named_and_never_loaded(write, load_tiny, monkeypatch):
     folder, _ = write()
     monkeypatch.setattr(torch, "load", None)

@@ -239,6 +239,9 @@ def test_the_reason_of_an_error_is_a_field_of_it(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.reason == f"{tmp_path}: cannot be written: No space left on device"
     assert str(caught.value) == f"{caught.value.reason}. What was saved before is intact."
+    with pytest.raises(StorageError) as caught, files.storage_errors(tmp_path / "new"):  # nothing was saved there
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(caught.value) == f"{tmp_path / 'new'}: cannot be written: No space left on device."
 
 
 def test_reports_do_not_change_when_sets_are_made_once_more(make_config, markup):

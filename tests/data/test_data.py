@@ -822,7 +822,7 @@ def test_a_line_of_20_mb(tmp_path):
 def test_an_empty_file(content, on_bad_rows, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"rows.jsonl: nothing to read: it holds no rows"):
+    with pytest.raises(DataError, match=r"rows.jsonl: it holds no rows"):
         read_rows(path, on_bad_rows)
 
 

@@ -1,5 +1,6 @@
 """Text out: a batch answers as its prompts do one by one, and as the plain greedy loop does."""
 
+import gzip
 import json
 
 import numpy as np
@@ -293,13 +294,19 @@ def test_output_that_cannot_be_is_found_before_the_model_is_loaded(tiny_folder, 
     monkeypatch.setattr(generate, "load_chat_model", lambda *args: pytest.fail("the model was loaded"))
     source = tmp_path / "rows.jsonl"
     source.write_text('{"prompt": "good"}')
+    (tmp_path / "link").symlink_to(source)
+    theirs = tmp_path / "theirs.jsonl"  # such a file was once replaced
+    theirs.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\n')
     for output, reason in {
-        source: "the input itself",
-        tmp_path: "no file",
-        tmp_path / "none" / "out.jsonl": "no folder that can be written to",
+        source: "it is the input itself",
+        tmp_path / "link": "it is the input itself",
+        tmp_path: "it is a folder",
+        tmp_path / "none" / "out.jsonl": f"the folder {tmp_path / 'none'} does not exist",
+        theirs: "this flag did not write what is in that file",
     }.items():
         assert command(tiny_folder, source, output) == 2
-        assert reason in capsys.readouterr().err
+        assert capsys.readouterr().err == f"minilora: --output_file {output}: {reason}. Give another file.\n"
+    assert theirs.read_text() == '{"prompt": "a", "answer": "b"}\n{"prompt": "c"}\n'
     assert source.read_text() == '{"prompt": "good"}'
 
 
@@ -319,9 +326,10 @@ def test_what_stood_in_the_output_file_stays_when_answering_fails(tiny_folder, t
     monkeypatch.setattr(generate, "answer", fail)
     source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "good"}')
-    output.write_text("before")
+    before = '{"prompt": "old", "answer": "a"}\n'
+    output.write_text(before)
     assert command(tiny_folder, source, output) == 130
-    assert output.read_text() == "before"
+    assert output.read_text() == before
 
 
 def test_prompts_of_the_command_line_are_answered_in_batches_and_in_order(tiny_folder, capsys, monkeypatch):
@@ -362,8 +370,11 @@ def test_a_stopped_command_goes_on_where_it_stopped(tiny_folder, tmp_path, monke
     assert command(tiny_folder, source, whole, "--batch_size", 3) == 0
     with monkeypatch.context() as patch:
         assert fails_after(2, patch) == []
+        capsys.readouterr()
         assert command(tiny_folder, source, output, "--batch_size", 3) == 130
     partial = tmp_path / "out.jsonl.partial"
+    message = f"minilora: interrupted; 6 of 10 answers are kept in {partial}. The same command continues.\n"
+    assert capsys.readouterr().err.endswith(message)
     assert not output.exists()
     with open(partial, "ab") as file:
         file.write(b'[9, "cut sho')  # as a killed process leaves it
@@ -377,7 +388,8 @@ def test_a_stopped_command_goes_on_where_it_stopped(tiny_folder, tmp_path, monke
 
 
 @pytest.mark.parametrize("other", ["rows", "sampling"])
-def test_answers_of_other_work_are_not_taken(tiny_folder, tmp_path, monkeypatch, capsys, other):
+def test_answers_of_other_work_are_neither_taken_nor_lost(tiny_folder, tmp_path, monkeypatch, capsys, other):
+    """A forgotten setting once threw away the answers of hours."""
     source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     source.write_text('{"prompt": "red"}\n{"prompt": "a longer blue one"}\n')
     with monkeypatch.context() as patch:
@@ -387,10 +399,26 @@ def test_answers_of_other_work_are_not_taken(tiny_folder, tmp_path, monkeypatch,
         source.write_text('{"prompt": "red"}\n{"prompt": "stone"}\n')
     flags = ["--max_new_tokens", 5] if other == "sampling" else []
     capsys.readouterr()
+    partial = tmp_path / "out.jsonl.partial"
+    before = partial.read_bytes()
+    assert command(tiny_folder, source, output, *flags) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"minilora: {partial} keeps answers (1) to other rows, or with other settings")
+    assert f"or another --output_file, or delete {partial}.\n" in message
+    assert partial.read_bytes() == before
+    partial.unlink()
     sizes = fails_after(-1, monkeypatch)
     assert command(tiny_folder, source, output, *flags) == 0
     assert sum(sizes) == 2
-    assert "other rows, settings or another model; replaced" in capsys.readouterr().err
+
+
+def test_a_name_that_ends_in_gz_gets_a_packed_file(tiny_folder, tmp_path):
+    """It was once plain text, which minilora itself could not read again."""
+    source, plain, packed = (tmp_path / name for name in ("rows.jsonl", "out.jsonl", "out.jsonl.gz"))
+    source.write_text('{"prompt": "red"}\n{"prompt": "blue"}\n')
+    for output in (plain, packed, packed):  # the second time over its own file
+        assert command(tiny_folder, source, output) == 0
+    assert gzip.decompress(packed.read_bytes()) == plain.read_bytes()
 
 
 def test_a_file_that_is_no_partial_answers_stays(tiny_folder, tmp_path, capsys):

@@ -204,10 +204,10 @@ def test_texts_that_cannot_be(flags, message, tiny_folder, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--top_k", "0"], "--top_k must be at least 1"),
+        (["--top_k", "0"], "--top_k = 0 must be at least 1"),
         (["--raw", "--system_prompt", "x"], "leave --system_prompt out"),
         (["--html", "/"], "--html /: it is a folder"),
-        (["--json", "/nowhere/x"], "--json /nowhere/x: it is a folder, or there is none"),
+        (["--json", "/nowhere/x"], "--json /nowhere/x: the folder /nowhere does not exist"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(flags, message, monkeypatch, capsys):

@@ -259,8 +259,8 @@ def test_a_page_of_hostile_rows(tmp_path, tiny_folder):
     ("flags", "message"),
     [
         (["nowhere.jsonl"], "nowhere.jsonl cannot be read"),
-        (["FILE", "--rows", "-1"], "--rows must be at least 0"),
-        (["FILE", "--from_line", "0"], "--from_line must be at least 1"),
+        (["FILE", "--rows", "-1"], "--rows = -1 must be at least 0"),
+        (["FILE", "--from_line", "0"], "--from_line = 0 must be at least 1"),
         (["FILE", "--overlong", "cut"], "is not one of truncate, drop, error"),
         (["FILE", "--max_length", "9"], "no example is left with max_length 9"),
         (["FILE", "--max_length", "60", "--overlong", "error"], "more than max_length 60"),

@@ -207,7 +207,7 @@ def test_where_nothing_helps_nothing_is_suggested(tuned):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--steps", "0"], "--steps, --rows and --held_out must be at least 1"),
+        (["--steps", "0"], "--steps = 0 must be at least 1"),
         (["--rates", "1e-3", "0"], "--rates 0.0 0.001: a rate must be a finite number above 0"),
         (["--rates", "-1e-3"], "a rate must be a finite number above 0"),
         (["--rates", "nan"], "a rate must be a finite number above 0"),
