@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import minilora
-from minilora import cli
+from minilora import cli, loop
 from minilora.adapters import format as adapter_format
 from minilora.config import FIELDS, TARGET_GROUPS, TYPES, TrainConfig, choices, resolve
 from minilora.errors import CheckpointError, ConfigError
@@ -733,3 +733,8 @@ def test_every_field_has_an_effect():
             attributes = [node for node in ast.walk(method) if isinstance(node, ast.Attribute)]
             used |= {node.attr for node in attributes if ast.unparse(node.value) == "self"}
     assert FIELDS.keys() - used == set()
+
+
+def test_train_takes_a_config_and_says_so():
+    with pytest.raises(ConfigError, match=r"the settings are a dict: train takes a TrainConfig"):
+        loop.train({"model": "demo"})

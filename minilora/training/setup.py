@@ -56,6 +56,8 @@ def prepare(config: TrainConfig, stop: StopRequest, held: ExitStack, header: boo
     Mistakes in the files are found before the model is loaded, mistakes in the settings before the first step.
     `held` releases the folder's lock and closes the log at the end of the run. A signal stops the preparation at once.
     """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"the settings are a {type(config).__name__}: train takes a TrainConfig, TrainConfig(**keys)")
     with stop.interruptible():  # nothing can be lost yet
         world = join(held)
     with world.raise_on_all_ranks(), stop.interruptible():
