@@ -94,11 +94,12 @@ def train_step(run: Run) -> dict[str, Any]:
 
 
 def gradients(run: Run, examples: list[Example], num_supervised: int) -> Tensor:
-    """Add up the gradient of (sum of nats) / num_supervised, micro-batch by micro-batch; returns that loss.
+    """Add up the gradient of the mean loss, (sum of nats) / num_supervised, over the micro-batches; return that loss.
 
-    The gradient does not depend on how the step is cut into micro-batches, because each of them divides its sum by
-    the tokens of the whole step. (Dropout and noise are drawn for each micro-batch, so their values depend on it.)
-    Each process takes its share of the examples. When memory runs out, the step is repeated with a smaller budget.
+    The gradient does not depend on how the step is divided, because each micro-batch divides its sum by the supervised
+    tokens of the whole step. (Dropout and noise are drawn for each micro-batch, so their values do depend on it.)
+    Each process takes its share of the examples (`run.batches`). If memory runs out, the step is repeated with fewer
+    tokens in each micro-batch.
     """
 
     def accumulate() -> Tensor:

@@ -138,7 +138,7 @@ def test_each_cell_about_a_peer_has_its_source():
         rows = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in re.findall(r"^\|.*\|$", text, re.M)]
         return [row for row in rows if len(row) == columns]
 
-    (section,) = re.findall(r"^What each can do.*\Z", README, re.M | re.S)
+    (section,) = re.findall(r"^This table shows what each.*\Z", README, re.M | re.S)
     (_, *names), _, *rows = cells(section, 9)
     table = {(feature, who, cell) for feature, *line in rows for who, cell in zip(names, line, strict=True)}
     assert {cell for *_, cell in table} == {"yes", "no", "partly", "-"}
