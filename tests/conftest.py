@@ -56,6 +56,9 @@ WORDS = ["red", "blue", "stone", "river", "bird", "cold", "warm", "大", "小", 
 @pytest.fixture(autouse=True, scope="session")
 def _lean():
     torch.set_num_threads(1)
+    # In torch 2.11 a process whose first backward pass is one on fake tensors starts threads for devices. The processes
+    # that it forks then cannot train.
+    torch.ones(1, requires_grad=True).sum().backward()
     gc.collect()
     gc.freeze()  # each run ends with a look through all that lives, and pytest holds much
 
