@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -574,7 +575,8 @@ def test_what_is_not_given_is_the_adapters(argv, load_tiny, tiny_folder, tmp_pat
 
 def test_in_a_file_of_keys_too(argv, load_tiny, tmp_path, capsys):
     peft_adapter(tmp_path / "theirs", load_tiny())
-    (tmp_path / "my.toml").write_text(f'adapter = "{tmp_path / "theirs"}"\nuse_rslora = true\n')
+    rows = Path(__file__).parent.parent / "data" / "train.jsonl"
+    (tmp_path / "my.toml").write_text(f'adapter = "{tmp_path / "theirs"}"\nuse_rslora = true\ntrain_file = "{rows}"\n')
     code, _, err = called(["--output_dir", tmp_path / "x", tmp_path / "my.toml"], capsys)
     assert code == 2
     assert "use_rslora is False there and True here" in err
