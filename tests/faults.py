@@ -303,11 +303,12 @@ def _watch(pid: int, started: float, request: dict) -> dict:
     if beside.exists():
         sent = float(beside.read_text())
     calls = Path(request["log"] + ".calls")
+    counted = calls.read_text() if calls.exists() else ""  # empty: killed while it was written
     return {
         "code": os.waitstatus_to_exitcode(status),
         "seconds": ended - started,
         "to_exit_s": None if sent is None else ended - sent,
-        "calls": json.loads(calls.read_text()) if calls.exists() else None,
+        "calls": json.loads(counted) if counted else None,
     }
 
 
