@@ -75,7 +75,8 @@ def save_adapter(
     system_prompt: the system prompt of the training; `chat` uses it
     Raises AdapterError if the model has no adapter, and DivergedError if the adapter is not finite.
     """
-    _refuse_none(model)
+    if not _adapted(model):
+        raise AdapterError("there is no adapter on this model. Use add_adapter or load_adapter first")
     path = Path(folder)
     metadata = {"system_prompt": system_prompt}
     if identity := _identity(model):
@@ -92,14 +93,14 @@ def save_adapter(
 def merge_adapter(model: Any) -> None:
     """Add the adapter to the weights, in fp32 with one rounding. The layers are then plain linear layers.
 
-    The function of the model stays the same. Disabled layers lose their adapter, and their weights do not change.
-    `minilora merge` merges from disk to disk, without the model in memory.
-    Raises AdapterError for a model without an adapter, and for a base in 4 or 8 bits.
+    The function of the model stays the same. Disabled layers lose their adapter, and their weights do not change. A
+    model without an adapter stays as it is. `minilora merge` merges from disk to disk, without the model in memory.
+    Raises AdapterError for a base in 4 or 8 bits.
     """
-    _refuse_none(model)
-    if any(is_quantised(layer.base_layer) for layer in lora_layers(model).values()):
+    layers = _adapted(model)
+    if any(is_quantised(layer.base_layer) for layer in layers.values()):
         raise AdapterError("this base is in 4 or 8 bits: save the adapter, load it on the plain base, and merge there")
-    for name, layer in lora_layers(model).items():
+    for name, layer in layers.items():
         base = layer.base_layer
         if layer.enabled:
             base.weight.copy_(base.weight.to(layer.lora_A.dtype) + layer.delta())
@@ -125,11 +126,6 @@ def _adapted(model: Any) -> dict[str, LoRALinear]:
 def _refuse_second(model: Any) -> None:
     if _adapted(model):
         raise AdapterError("there is an adapter on this model: merge_adapter merges it, Adapters holds several")
-
-
-def _refuse_none(model: Any) -> None:
-    if not _adapted(model):
-        raise AdapterError("there is no adapter on this model. Use add_adapter or load_adapter first")
 
 
 def _in_step(model: nn.Module) -> None:

@@ -142,8 +142,7 @@ def test_merging_keeps_the_function_and_leaves_plain_layers(plain, dtype):
     assert type(merged) is nn.Linear
     assert torch.equal(merged.weight, rounded_once)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.2)
-    with pytest.raises(AdapterError, match="there is no adapter on this model"):
-        minilora.merge_adapter(model)
+    minilora.merge_adapter(model)  # nothing to fold in: nothing happens
     minilora.add_adapter(model, "attn")  # and the next one may come
 
 
