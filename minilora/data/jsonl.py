@@ -16,6 +16,7 @@ from typing import Any
 from minilora.data.binary import binary_file
 from minilora.errors import DataError
 
+BYTES_LOOKED_AT = 512  # of a file, to tell what kind it is
 MAX_LINE_BYTES = 16 * 2**20
 
 
@@ -34,14 +35,14 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
             kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise DataError(f"{path} is {kind}; a JSONL file is needed, one JSON object a line.")
         with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as file:
+            if mistake := binary_file(str(path), file.peek(BYTES_LOOKED_AT)):  # a header may hold a line end
+                raise DataError(mistake)
             for number in itertools.count(1):
                 line = rest = file.readline(MAX_LINE_BYTES + 1)
                 while len(line) > MAX_LINE_BYTES and rest and not rest.endswith(b"\n"):
                     rest = file.readline(2**20)
                 if not line:
                     return
-                if number == 1 and (mistake := binary_file(str(path), line)):
-                    raise DataError(mistake)
                 if number == 1 and len(line) <= MAX_LINE_BYTES:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
