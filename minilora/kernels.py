@@ -56,7 +56,7 @@ def first_derivative_only(backward: Function) -> Function:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "minilora's backward passes give first derivatives only, and create_graph=True asks for second "
-                "derivatives. Use the plain formulas for them (plain_lora_linear, plain_loss, plain_attention)."
+                "derivatives. Use the plain formulas for them (plain_lora_linear, plain_nats, plain_attention)."
             )
         return backward(ctx, *grad_outputs)
 

@@ -141,7 +141,11 @@ def lora_linear(
     return _lora_linears(x, scale, dropout, [(weight, bias, lora_A, lora_B)])[0]
 
 
-def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
+def linear(x: Tensor, layer: nn.Module, policy: Any = None) -> Tensor:
+    return project(x, (layer,), policy)[0]
+
+
+def project(x: Tensor, layers: Sequence[nn.Module], policy: Any = None) -> Sequence[Tensor]:
     """The outputs of layers that read the same x. (..., in) -> (..., out) of each
 
     LoRA layers of one kind are computed together, under one dropout mask, where each alone would draw its own. Each

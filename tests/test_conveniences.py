@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import CPU, ROOT, first_step, gradients_of, randomize_lora, relative_error, trained, write_jsonl
 from safetensors.torch import load_file
 
-from minilora import cli, decoder, loop, lora
+from minilora import cli, loop, lora
 from minilora.adapters import format as adapter_format
 from minilora.attention import Layout
 from minilora.batching import common_prefix, pack
@@ -32,6 +32,7 @@ from minilora.inference import generate
 from minilora.inference.generate import ChatModel, Sampling
 from minilora.models import fingerprint
 from minilora.models import load as loading
+from minilora.objectives import sft
 from minilora.training import checkpoint, rundir, saving
 from minilora.training import log as run_log
 from minilora.utils import device, terminal
@@ -287,7 +288,7 @@ def test_a_run_of_two_files_says_what_it_takes_of_each(start, two_files, capsys,
     epoch = np.concatenate([run.schedule.examples_of(step) for step in range(run.schedule.steps_per_epoch)])
     assert np.bincount(run.data.train.sources[epoch]).tolist() == [24, 3]
 
-    monkeypatch.setattr(loop, "token_loss", lambda hidden, *_: hidden.sum() * math.nan)
+    monkeypatch.setattr(sft, "token_nats", lambda hidden, *_: hidden.sum() * math.nan)
     loop.train_step(run)
     note = next(line for line in capsys.readouterr().out.splitlines() if "skipped" in line)
     lines = json.loads("[" + note.partition(f"rows at {two_files[0]}, lines [")[2].partition("]")[0] + "]")

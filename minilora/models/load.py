@@ -7,15 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora import attention
-from minilora.batching import collate
-from minilora.data.dataset import Example
-from minilora.decoder import head_weight, hidden_states, packed
 from minilora.errors import ConfigError, ModelError, UnsupportedModelError, first_line
+from minilora.models.families import NAMES, family_of
 from minilora.models.fingerprint import completed, fingerprint, fingerprint_of
 from minilora.models.quantize import quantise
 from minilora.utils import files
@@ -23,10 +19,8 @@ from minilora.utils.device import compile_cache_problem, keep_few_products
 
 HUB_TIMEOUT_S = 3.0
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]  # never *.bin or *.py
-FAMILIES = "Qwen2, Qwen2.5 and Qwen3"
 QUANTISED = ("quantization_config", "compression_config")  # parts of config.json that are not models
 PADS = ("<|endoftext|>", "<|fim_pad|>", "<|vision_pad|>", "<pad>", "<|pad|>", "[PAD]")  # the first known one is used
-KNOWN = ("qwen2", "qwen3", "llama")  # tests show that packing is exact for these; other types are checked at loading
 
 
 def find_model(name: str) -> Path:
@@ -60,7 +54,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     if parts := [key for key in parts if key not in QUANTISED]:
         raise UnsupportedModelError(
             f"{folder}: model type {config.get('model_type')} is not supported: its config.json describes several "
-            f"models ({', '.join(parts)}). minilora trains models of text only: {FAMILIES}. Give another --model."
+            f"models ({', '.join(parts)}). minilora trains models of text only: {NAMES}. Give another --model."
         )
     return config
 
@@ -183,7 +177,6 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     config_json, config = read_config_json(folder), _config(folder)
-    attention.register()
     keep_few_products()
     try:
         weight_files(folder)  # raises if the index names files outside the folder
@@ -212,8 +205,6 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
     model.requires_grad_(False)
     place = torch.device("cpu") if bits else device  # unquantised, the model may not fit on the device
     model = nn.Module.to(model, place).eval()
-    if config.model_type not in KNOWN:
-        _refuse_unlike(model)
     if bits:
         model.base_fingerprint = fingerprint(model)
         quantise(model, bits, device)
@@ -230,7 +221,6 @@ def empty_model(folder: Path, dtype: torch.dtype, layers: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = _config(folder)
-    attention.register()
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
@@ -252,55 +242,8 @@ def _config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
-    _refuse_inexact(config)
+    family_of(config)  # raises where the decoder would compute another function than the model
     return config
-
-
-def _refuse_inexact(config: Any) -> None:
-    """Refuse a model without full causal attention: packed attention would compute another function than the model."""
-    kind = f"model type {config.model_type}"
-    if getattr(config, "quantization_config", None):
-        where = config.name_or_path
-        raise UnsupportedModelError(
-            f"{where}: its weights are quantised. Give the original model as --model, with --load_in_4bit."
-        )
-    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if others:
-        raise UnsupportedModelError(
-            f"{kind}: layers of type {', '.join(sorted(others))} are not supported: minilora trains only attention to "
-            "all earlier tokens. Give another --model."
-        )
-    if window := getattr(config, "sliding_window", None):
-        raise UnsupportedModelError(
-            f"{kind}: its sliding_window of {window:,} tokens is not supported: minilora trains only attention to "
-            "all earlier tokens. Give another --model."
-        )
-    if getattr(config, "attention_dropout", 0.0):
-        raise UnsupportedModelError(f"{kind}: attention_dropout is set; it is not supported.")
-
-
-@torch.no_grad()
-def _refuse_unlike(model: Any) -> None:
-    """Compare the logits of two short examples, packed and separate. Raises ModelError if they are not the same."""
-    kind, head = f"model type {model.config.model_type}", head_weight(model)
-    ids = np.random.default_rng(0).integers(0, len(head), (2, 16)).astype(np.int32)
-    examples = [Example(row[:length], row[:length]) for row, length in zip(ids, (16, 9), strict=True)]
-    alone = [torch.tensor(example.input_ids[None, :-1].astype(np.int64), device=head.device) for example in examples]
-    expected = torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in alone]).float()
-    try:
-        with packed(model):
-            found = (hidden_states(model, collate(examples).to(head.device)) @ head.T).float()
-    except Exception as error:
-        why = first_line(error)
-        raise UnsupportedModelError(
-            f"{kind}: it does not run on packed examples ({why}). Give another --model."
-        ) from error
-    difference, allowed = float((found - expected).abs().max()), 1e-3 if head.dtype == torch.float32 else 5e-2
-    if not difference <= allowed * float(expected.abs().max()):
-        raise UnsupportedModelError(
-            f"{kind}: packed examples give other logits than separate examples (by up to {difference:.2g}). minilora "
-            "does not know a part of this model. Give another --model."
-        )
 
 
 def folder_fingerprint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:

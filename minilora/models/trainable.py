@@ -6,18 +6,13 @@ import torch
 from torch import nn
 
 from minilora.config import TrainConfig
-from minilora.decoder import speed_up
 from minilora.errors import ConfigError
 from minilora.lora import inject, lora_layers
 from minilora.lora_variants import main_directions
 
 
-def make_trainable(model: Any, config: TrainConfig, checkpointing: bool, preserve_rng_state: bool = True) -> None:
-    """Add adapters to a base or enable all its weights, and replace modules by minilora's faster forms.
-
-    checkpointing: recompute activations in the backward pass
-    preserve_rng_state: recompute them with the same random numbers
-    """
+def make_trainable(model: Any, config: TrainConfig) -> None:
+    """Put adapters around the layers of a base, or enable all its weights."""
     if config.method == "lora":
         shape = (config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora)
         inject(model, config.target_modules, *shape, seed=config.seed, dora=config.use_dora)
@@ -25,10 +20,6 @@ def make_trainable(model: Any, config: TrainConfig, checkpointing: bool, preserv
             start_at_main_directions(model, config.seed)
     else:
         model.requires_grad_(True)
-    speed_up(model, config.torch_compile)
-    if checkpointing:  # transformers 5.2x renamed its method
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "preserve_rng_state": preserve_rng_state})
 
 
 def in_words(config: TrainConfig) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from minilora.decoder import speed_up
 from minilora.errors import StoppedError
 from minilora.inference.generate import ChatModel, sample_answers
 from minilora.models.probe import SAMPLE_PROMPTS, logits_of_shards, probe, probe_logits
@@ -68,7 +67,6 @@ def finish(run: Run, stop_reason: str) -> Summary:
 def _logits_as_saved(run: Run) -> torch.Tensor:
     """The logits of the probe from the trained model, with its weights rounded as saved. (tokens, vocabulary)"""
     ids = probe(run.markup, run.system_prompt)
-    speed_up(run.model)  # uncompiled, as a fresh base is: compiled kernels round in another way
     if run.world.sharded:
         return logits_of_shards(run.model, ids, run.dtype)
     if run.config.method == "full":  # but not the rotary buffers, which a loaded model has in fp32

@@ -19,8 +19,10 @@ from minilora.data.build import Sets
 from minilora.data.dataset import Example
 from minilora.data.markup import ChatMarkup
 from minilora.data.sampler import Schedule
+from minilora.decoder import Decoder
 from minilora.distributed.world import World
 from minilora.models.trained import common_system_prompt
+from minilora.objectives import Objective
 from minilora.training.checkpoint import Identity, TrainState
 from minilora.training.log import NullLog, RunLog
 from minilora.training.signals import StopRequest
@@ -39,6 +41,8 @@ class Run:
     tokenizer: Any
     markup: ChatMarkup
     model: Any
+    decoder: Decoder  # its training forward
+    objective: Objective
     optimizer: torch.optim.Optimizer
     data: Sets
     schedule: Schedule
@@ -111,6 +115,6 @@ class Run:
 
     def release(self) -> None:
         """Free the memory of model and optimizer; after that the run can only be reported."""
-        del self.model, self.optimizer
+        del self.model, self.decoder, self.optimizer
         gc.collect()
         trim_heap(self.device)

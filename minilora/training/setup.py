@@ -18,14 +18,17 @@ from minilora.data.dataset import Dataset
 from minilora.data.markup import ChatMarkup
 from minilora.data.report import data_record, describe_data
 from minilora.data.sampler import Schedule, make_schedule
-from minilora.decoder import hidden_states, packed
+from minilora.decoder import Decoder
 from minilora.distributed.fsdp import shard
 from minilora.distributed.world import World, join
 from minilora.errors import ConfigError, OutOfMemoryError, first_line
+from minilora.models.families import decoder_of
 from minilora.models.fingerprint import fingerprint
 from minilora.models.load import load_model, load_tokenizer
 from minilora.models.quantize import num_elements
 from minilora.models.trainable import in_words, make_trainable
+from minilora.objectives import Objective
+from minilora.objectives.sft import SFT
 from minilora.optim import make_optimizer
 from minilora.training import checkpoint
 from minilora.training.checkpoint import Identity, TrainState
@@ -81,10 +84,11 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
     setup = Setup(config, base_folder, dtype, device.type, bool(config.gradient_checkpointing), shards)
     choice = _choose_cut(setup, sets.train, schedule, device, resumed_from, world)
     before_loading = memory_bytes(device)
-    model, base_fingerprint = _trainable_model(setup, choice.checkpointing, first_adapter, device, world)
+    model, base_fingerprint = _trainable_model(setup, first_adapter, device, world)
+    decoder, objective = decoder_of(model, dtype, device.type, config, choice.checkpointing), SFT()
     optimizer = make_optimizer(model, config.weight_decay, config.loraplus_lr_ratio)
     if config.torch_compile:
-        _compile_kernels(model, sets.train, device, dtype, stop, header and world.main)
+        _compile_kernels(decoder, objective, sets.train, device, stop, header and world.main)
 
     identity = Identity(lasting_settings(config), base_fingerprint, sources.sha256, versions(), world.size)
     agree(world, identity, dtype, device)
@@ -101,6 +105,8 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
         tokenizer=tokenizer,
         markup=markup,
         model=model,
+        decoder=decoder,
+        objective=objective,
         optimizer=optimizer,
         data=sets,
         schedule=schedule,
@@ -183,9 +189,7 @@ def longest_allowed(config: TrainConfig, base_folder: Path, notes: list[str]) ->
     return positions
 
 
-def _trainable_model(
-    setup: Setup, checkpointing: bool, first_adapter: Path | None, device: torch.device, world: World
-) -> tuple[Any, str]:
+def _trainable_model(setup: Setup, first_adapter: Path | None, device: torch.device, world: World) -> tuple[Any, str]:
     """(the base with what is trained in it, the base's fingerprint); method full trains fp32 masters.
 
     first_adapter: the run begins with the values of this adapter
@@ -196,10 +200,10 @@ def _trainable_model(
     model: Any = load_model(setup.base_folder, loaded_as, place, config.base_bits)
     base_fingerprint = fingerprint(model)
     if first_adapter is None:
-        make_trainable(model, config, checkpointing)
+        make_trainable(model, config)
     else:
         _, updates = adapter_format.read(model, first_adapter, base_fingerprint, allow_other_base=None)
-        make_trainable(model, config, checkpointing)
+        make_trainable(model, config)
         adapter_format.fill(model, updates)
     if config.fsdp:
         shard(model, world, device, dtype)
@@ -207,22 +211,28 @@ def _trainable_model(
 
 
 def _compile_kernels(
-    model: Any, train_set: Dataset, device: torch.device, dtype: torch.dtype, stop: StopRequest, announce: bool
+    decoder: Decoder,
+    objective: Objective,
+    train_set: Dataset,
+    device: torch.device,
+    stop: StopRequest,
+    announce: bool,
 ) -> None:
     """Have torch.compile make its kernels before the first step. Raises ConfigError where it cannot."""
     if announce:
         say("compiling", "norms, SwiGLU and rotary embedding; later runs find them ready")
     batch = collate([train_set[int(train_set.lengths.argmin())]]).to(device)
     try:
-        with packed(model.train()), autocast(device, dtype):
-            hidden_states(model, batch).sum().backward()
+        decoder.model.train()
+        with autocast(device, decoder.dtype):
+            objective.loss(decoder, batch).backward()
     except Exception as error:  # no compiler, a broken one, a cache that cannot be written: each its own class
         stop.check()  # a signal meets the compiler, too
         if is_out_of_memory(error):
             longest = int(train_set.lengths.min())
             raise OutOfMemoryError(f"the first pass, over one example of {longest:,} tokens, does not fit") from error
         raise ConfigError(f"torch_compile: torch cannot compile here ({first_line(error)}). Leave it out.") from error
-    model.zero_grad(set_to_none=True)
+    decoder.model.zero_grad(set_to_none=True)
 
 
 def _choose_cut(
