@@ -14,7 +14,7 @@ from minilora import attention
 from minilora.attention import packed_attention
 from minilora.batching import Batch
 from minilora.distributed.world import gathered
-from minilora.kernels import _RMSNorm, _Rotary, _SwiGLU, compiled, eager
+from minilora.kernels import Policy, _RMSNorm, _Rotary, _SwiGLU, compiled, eager
 from minilora.lora import project
 
 ATTENTIONS = ("Qwen2Attention", "Qwen3Attention", "LlamaAttention")
@@ -96,7 +96,8 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(_SwiGLU.apply(*project(x, (self.gate_proj, self.up_proj)), self.wrap))
+    gate, up = project(x, (self.gate_proj, self.up_proj), Policy(x.device.type))
+    return self.down_proj(_SwiGLU.apply(gate, up, self.wrap))
 
 
 def _attention_forward(
@@ -114,7 +115,8 @@ def _attention_forward(
         )
     tokens = hidden_states.shape[1]
     shape = (1, tokens, -1, self.head_dim)
-    projections = project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
+    policy = Policy(hidden_states.device.type)
+    projections = project(hidden_states, (self.q_proj, self.k_proj, self.v_proj), policy)
     query, key, value = (projection.view(shape) for projection in projections)
     if hasattr(self, "q_norm"):
         query, key = self.q_norm(query), self.k_norm(key)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from minilora import attention, decoder, lora, loss
 from minilora.attention import Layout
+from minilora.kernels import Policy
 
 FORWARD_ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
 BACKWARD_ATTENTION = tuple(f"{name}_backward" for name in FORWARD_ATTENTION)
@@ -123,10 +124,10 @@ def as_on(device_type: str) -> Iterator[None]:
     own = {name: functools.lru_cache(maxsize=2)(cached.__wrapped__) for name, cached in caches.items()}
     with ExitStack() as held:
         held.enter_context(patched(attention, **own))  # no fake tensor enters the real caches
-        if device_type == "cpu":
-            held.enter_context(patched(lora, draw_dropped=expected_positions))
-        else:
-            held.enter_context(patched(lora, draw_dropped=dropped_mask))
+        policy = functools.partial(Policy, draw=expected_positions if device_type == "cpu" else dropped_mask)
+        held.enter_context(patched(lora, Policy=policy))
+        held.enter_context(patched(decoder, Policy=policy))
+        if device_type != "cpu":
             held.enter_context(patched(loss, WIDE_ROWS=dict.fromkeys(loss.WIDE_ROWS, loss.WIDE_ROWS["cuda"])))
             held.enter_context(patched(decoder, packed_attention=varlen))
         try:

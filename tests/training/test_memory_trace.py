@@ -74,7 +74,7 @@ def test_packed_attention_as_on_cuda_counts_the_causal_half():
 
 
 def test_the_ways_of_cuda_leave_nothing_behind():
-    names = {(decoder, "packed_attention"), (lora, "draw_dropped"), (loss, "WIDE_ROWS")}
+    names = {(decoder, "packed_attention"), (lora, "Policy"), (decoder, "Policy"), (loss, "WIDE_ROWS")}
     names.add((attention, "_varlen_layout"))
     before = {key: getattr(*key) for key in names}
     with as_on("cuda"):
