@@ -87,7 +87,8 @@ class LoRALinear(nn.Module):
 
     def weights(self) -> Weights:
         """W0, b, and an A and a B whose product is the update: see `LoRA.pair`."""
-        return self.base_layer.weight, self.base_layer.bias, *self.variant.pair(self)
+        base = self.base_layer
+        return base.weight, base.bias, *self.variant.pair(self)
 
     def delta(self) -> Tensor:
         """The merged weight minus W0. (out, in)"""
@@ -176,7 +177,8 @@ def _outputs(
     dropped = policy.draw(flat, dropout) if dropout else None
     z = (zeroed(flat, dropped) @ _together(As, x.dtype).T).mul_(scale / (1 - dropout))  # (tokens, ranks)
     ys = products(flat, [(W, bias) for W, bias, _, _ in weights])  # (tokens, out) of each
-    for y, (_, _, _, B), z_own in zip(ys, weights, z.split([len(A) for A in As], 1), strict=True):
+    z_owns = [z] if len(As) == 1 else z.split([len(A) for A in As], 1)  # one operation less for a single layer
+    for y, (_, _, _, B), z_own in zip(ys, weights, z_owns, strict=True):
         y.addmm_(z_own, B.to(x.dtype).T)  # into the base product: no second (tokens, out) buffer
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys), flat, dropped, z
 
@@ -215,7 +217,7 @@ class _LoRALinears(torch.autograd.Function):
                 dx.addmm_(dz, A)
             else:
                 dx.add_(zero_(dz @ A, dropped))
-            dx = dx.view(*grad_outputs[0].shape[:-1], -1)
+            dx = dx.view(*grad_outputs[0].shape[:-1], dx.shape[-1])
         own = (gradient for d_A, d_B in zip(d_As, d_Bs, strict=True) for gradient in (None, None, d_A, d_B))
         return dx, None, None, None, *own
 

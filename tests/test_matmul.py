@@ -128,5 +128,5 @@ def test_frozen_layers_share_one_product_of_the_gradient():
     off = LoRALinear(nn.Linear(IN, 7), 3, 6)
     off.enabled = False
     one, other = project(x, (off, nn.Linear(IN, 4).requires_grad_(False)), CPU)
-    assert one.grad_fn is other.grad_fn or one.grad_fn.next_functions == other.grad_fn.next_functions
+    assert one.grad_fn is other.grad_fn
     torch.testing.assert_close(one, off.base_layer(x))
