@@ -112,7 +112,18 @@ def test_quoted_code_is_the_code(path, file, content):
 def test_the_walkthrough_quotes_the_whole_story():
     files = {file for path, file, _ in (param.values for param in QUOTED) if path.name == "walkthrough.md"}
     modules = (
-        *("data/formats", "data/markup", "data/dataset", "data/sampler", "batching", "lora", "loss", "loop", "optim"),
+        *(
+            "data/formats",
+            "data/markup",
+            "data/dataset",
+            "data/sampler",
+            "batching",
+            "lora",
+            "lora_variants",
+            "loss",
+            "loop",
+            "optim",
+        ),
         *("adapters/format", "training/finish"),
     )
     assert files == {f"minilora/{module}.py" for module in modules}

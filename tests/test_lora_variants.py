@@ -20,6 +20,7 @@ from minilora.adapters.merge import merge
 from minilora.config import TARGET_GROUPS
 from minilora.errors import AdapterError, ConfigError
 from minilora.inference.multi_adapter import Adapters
+from minilora.kernels import Policy
 from minilora.lora import LoRALinear, inject, lora_layers, project
 from minilora.lora_variants import dora_linear, main_directions, weight_norm
 from minilora.models import trainable
@@ -155,7 +156,7 @@ def test_dora_layers_that_read_the_same_input_go_alone():
     plain = LoRALinear(nn.Linear(IN, OUT, dtype=torch.float64), RANK, alpha=5)
     x = torch.randn(4, IN, dtype=torch.float64)
     for group in (layers, [plain, layers[0]]):
-        for found, layer in zip(project(x, group), group, strict=True):
+        for found, layer in zip(project(x, group, Policy("cpu")), group, strict=True):
             assert torch.equal(found, layer(x))
 
 
@@ -481,7 +482,7 @@ def test_a_resumed_run_goes_on_to_the_bit(make_config, tmp_path, monkeypatch):
     folder = tmp_path / "again"
     shutil.copytree(original, folder, ignore=shutil.ignore_patterns("step-000003", "adapter", ".lock"))
     real = lora_variants.main_directions
-    monkeypatch.setattr(trainable, "main_directions", lambda *args: tuple(1.5 * part for part in real(*args)))
+    monkeypatch.setattr(lora_variants, "main_directions", lambda *args: tuple(1.5 * part for part in real(*args)))
     loop.train(make_config(**keys, output_dir=str(folder), resume="auto"))
     for file in ("adapter/adapter_model.safetensors", f"checkpoints/step-000003/{checkpoint.WEIGHTS}"):
         assert (folder / file).read_bytes() == (original / file).read_bytes()

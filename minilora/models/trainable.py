@@ -8,7 +8,7 @@ from torch import nn
 from minilora.config import TrainConfig
 from minilora.errors import ConfigError
 from minilora.lora import inject, lora_layers
-from minilora.lora_variants import main_directions
+from minilora.lora_variants import PiSSA
 
 
 def make_trainable(model: Any, config: TrainConfig) -> None:
@@ -38,18 +38,17 @@ def in_words(config: TrainConfig) -> str:
     return f"{shape} on {', '.join(config.target_modules)}{held}"
 
 
-@torch.no_grad()
 def start_at_main_directions(model: nn.Module, seed: int) -> None:
     """PiSSA: initialise A and B with the largest singular directions of their weight, and keep a copy of this start.
 
     W0 does not change. Raises ConfigError if the rank is larger than a dimension of a weight.
     """
+    pissa = PiSSA()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, layer in lora_layers(model).items():
             rank, most = len(layer.lora_A), min(layer.base_layer.weight.shape)
             if rank > most:
                 raise ConfigError(f"init_lora_weights = 'pissa': {name} has {most} directions, lora_r is {rank}.")
-            layer.lora_A0, layer.lora_B0 = main_directions(layer.base_layer.weight, rank, layer.scale)
-            layer.lora_A.copy_(layer.lora_A0)
-            layer.lora_B.copy_(layer.lora_B0)
+            pissa.initialise(layer)
+            layer.variant = layer.variant.starting_at(pissa)

@@ -18,6 +18,7 @@ from minilora.adapters import format as adapter_format
 from minilora.config import TrainConfig
 from minilora.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from minilora.inference.multi_adapter import Adapters
+from minilora.kernels import Policy
 from minilora.loop import train
 from minilora.lora import LoRALinear, inject, lora_layers, project
 from minilora.models import quantize
@@ -104,10 +105,10 @@ def test_layers_side_by_side_go_their_own_ways(bits):
     for layer in layers:
         nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 64)
-    for one, layer in zip(project(x, layers), layers, strict=True):
+    for one, layer in zip(project(x, layers, Policy("cpu")), layers, strict=True):
         assert torch.equal(one, layer(x))
     mixed = [layers[0], LoRALinear(nn.Linear(64, 32), 4, 8)]
-    assert torch.equal(project(x, mixed)[1], mixed[1](x))
+    assert torch.equal(project(x, mixed, Policy("cpu"))[1], mixed[1](x))
 
 
 # ---------------------------------------------------------------------------------------- models
