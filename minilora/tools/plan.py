@@ -107,9 +107,7 @@ def plan(config: TrainConfig, card: str | None) -> None:
     def setup_in(arithmetic: Arithmetic) -> Setup:
         base_dtype = None if config.method == "full" else arithmetic.base_dtype  # the table has LoRA, too
         checkpointing = bool(config.gradient_checkpointing)
-        return Setup(
-            config, base_folder, arithmetic.dtype, place.device_type, checkpointing, base_dtype=base_dtype
-        )
+        return Setup(config, base_folder, arithmetic.dtype, place.device_type, checkpointing, base_dtype=base_dtype)
 
     def cut_for(setup: Setup) -> Choice:
         return fitting_cut(setup, dataset, schedule, asked, most, place.usable - place.in_use)

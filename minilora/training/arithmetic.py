@@ -22,7 +22,7 @@ from minilora.utils.device import keep_few_products, pick_dtype
 Shape = tuple[int, int]  # (out, in) of a weight
 
 ROWS = 512  # of a product: as in a micro-batch; more rows are no faster
-SIDE = (128, 2048)  # of a weight: smaller ones measure the calls, larger ones are cut, which changes the rate by some 5 %
+SIDE = (128, 2048)  # of a weight: smaller ones measure the calls, the slices of larger ones are as fast within 10 %
 REPEATS = 3  # of each product after its warm-up; the best one counts, because other programs only make it slower
 BUDGET_S = 0.5  # for all repeats after the first ones
 TOO_SLOW = 8  # times the fastest one: a candidate is not measured further (bf16 without hardware takes seconds)
@@ -182,7 +182,7 @@ def _best_seconds(
 
 
 def _kept(run: Path, full: bool) -> Arithmetic | None:
-    """The arithmetic that config.json of a run says, or None. A run of 0.1 has its base in the dtype of its products."""
+    """The arithmetic that config.json of a run says, or None. In 0.1 the base has the dtype of the products."""
     try:
         about = checkpoint.read_json(run / CONFIG)
     except CheckpointError:

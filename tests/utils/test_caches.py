@@ -53,6 +53,6 @@ def test_the_sizes_follow_the_caches_and_the_model(caches):
 @pytest.mark.parametrize("size", ["64K", "1024M"])
 def test_no_size_is_out_of_bounds(caches, size):
     caches(("Unified", 2, size), ("Unified", 3, size))
-    assert 16 <= block_rows(64)
+    assert block_rows(64) >= 16
     assert 1 <= wide_rows(151936) <= 256
     assert 256 <= micro_batch_tokens(4864, torch.bfloat16) <= 1920
