@@ -90,7 +90,7 @@ def formula_flops_per_token(tokens_per_example: int, layers: int = 24) -> float:
 
 
 def whole(contender: str, layers: int = 24, **size: Any) -> Counts:
-    """The `count` of the whole model, from counts of 3 and 4 layers: every layer except the first and the last costs the same."""
+    """The `count` of the whole model, from counts of 3 and 4 layers: all but the first and the last cost the same."""
     few, more = (count(contender, layers=number, **size) for number in LAYERS)
     steps = layers - LAYERS[0]
 

@@ -88,13 +88,13 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, s
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, T, head_dim)
     outputs = []
     for tokens, sees_prefix in layout.parts():
-        seen = [x[:, :, tokens] for x in (k, v)]
+        own_k, own_v = k[:, :, tokens], v[:, :, tokens]
         if sees_prefix:
-            seen = [torch.cat([x[:, :, : layout.prefix], own], 2) for x, own in zip((k, v), seen, strict=True)]
-        size = (tokens.stop - tokens.start, seen[0].shape[2])
-        visible = torch.ones(size, dtype=torch.bool, device=q.device).tril_(size[1] - size[0])
-        own = q[:, :, tokens]
-        outputs.append(F.scaled_dot_product_attention(own, *seen, attn_mask=visible, scale=scale, enable_gqa=True))
+            own_k, own_v = (torch.cat([x[:, :, : layout.prefix], y], 2) for x, y in ((k, own_k), (v, own_v)))
+        length, seen = tokens.stop - tokens.start, own_k.shape[2]
+        mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril_(seen - length)
+        options: dict[str, Any] = {"attn_mask": mask, "scale": scale, "enable_gqa": True}
+        outputs.append(F.scaled_dot_product_attention(q[:, :, tokens], own_k, own_v, **options))
     return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 

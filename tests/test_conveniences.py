@@ -27,6 +27,7 @@ from minilora.data.dataset import make_columns
 from minilora.data.formats import Question, Turn
 from minilora.data.markup import ChatMarkup
 from minilora.data.sampler import Part, Schedule, make_schedule, mixed
+from minilora.decoder import embedding_noise
 from minilora.errors import CheckpointError, ConfigError, DataError
 from minilora.inference import generate
 from minilora.inference.generate import ChatModel, Sampling
@@ -120,13 +121,13 @@ def test_the_noise_is_the_papers_for_each_example_of_a_packed_step(start, load_t
 def test_the_noise_fills_its_bounds_and_no_more():
     layout, width = Layout((4, 40), prefix=10, padding=2), 512
     torch.manual_seed(0)
-    noise = decoder.embedding_noise(torch.zeros(1, 56, width, dtype=torch.bfloat16), layout, 3.0)
+    noise = embedding_noise(torch.zeros(56, width, dtype=torch.bfloat16), layout, 3.0)
     assert noise.dtype == torch.bfloat16
-    assert not noise[0, 54:].any()
+    assert not noise[54:].any()
     most = {length: 3.0 / math.sqrt(length * width) for length in (14, 50)}
     most[10] = 3.0 * math.sqrt((1 / 14 + 1 / 50) / 2 / width)  # the prefix: between those of its examples
     for part, length in ((slice(0, 10), 10), (slice(10, 14), 14), (slice(14, 54), 50)):
-        found = noise[0, part].float()
+        found = noise[part].float()
         assert float(found.abs().max()) <= most[length] * 1.005  # rounded to bf16
         assert float(found.abs().max()) > 0.99 * most[length]
         assert float(found.std()) == pytest.approx(most[length] / math.sqrt(3), rel=0.05)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,22 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
 def num_layers(folder: Path) -> int:
     """The number of decoder layers of a model folder. Raises ModelError if minilora cannot train it exactly."""
     return _config(folder).num_hidden_layers
+
+
+def file_dtype(folder: Path) -> torch.dtype:
+    """float32 if config.json says that a model folder is in float32, else bfloat16."""
+    config = read_config_json(folder)
+    return torch.float32 if config.get("dtype", config.get("torch_dtype")) == "float32" else torch.bfloat16
+
+
+def weight_shapes(folder: Path) -> dict[tuple[int, int], int]:
+    """How many weight matrices of each shape (out, in) a model folder has, by its config.json; the head counts once."""
+    config = _config(folder)
+    hidden, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    per_layer = [(query, hidden), (key, hidden), (key, hidden), (hidden, query), (ffn, hidden), (ffn, hidden)]
+    return Counter([*per_layer, (hidden, ffn)] * layers + [(config.vocab_size, hidden)])
 
 
 def empty_model(folder: Path, dtype: torch.dtype, layers: int) -> Any:

@@ -51,6 +51,7 @@ class Setup:
     device_type: str
     checkpointing: bool
     shards: int = 1  # number of processes that split the parameters (--fsdp)
+    base_dtype: torch.dtype | None = None  # of the base in memory; None: that of the products
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
     Gradients and moments exist from the start, as in all micro-batches except the first one of a run.
     """
     config, full = dataclasses.replace(setup.config, torch_compile=False), setup.config.method == "full"
-    model = empty_model(setup.base_folder, torch.float32 if full else setup.dtype, layers)
+    model = empty_model(setup.base_folder, torch.float32 if full else setup.base_dtype or setup.dtype, layers)
     make_trainable(model, config)
     model.train()
     with torch.random.fork_rng(devices=[]), FakeTensorMode(), autograd_unchanged():

@@ -203,7 +203,7 @@ def save_result(run: Run, folder: Path) -> None:
     if run.config.method == "full":
         run.world.run_on_main(
             lambda: save_model(
-                folder, run.model, run.tokenizer, run.dtype, run.base_folder, run.system_prompt, run.state.step
+                folder, run.model, run.tokenizer, run.result_dtype, run.base_folder, run.system_prompt, run.state.step
             ),
             lambda: take_part(run.model),
         )

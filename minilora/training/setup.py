@@ -30,10 +30,12 @@ from minilora.models.trainable import in_words, make_trainable
 from minilora.objectives import Objective
 from minilora.objectives.sft import SFT
 from minilora.optim import make_optimizer
+from minilora.training import arithmetic as arithmetics
 from minilora.training import checkpoint
+from minilora.training.arithmetic import Arithmetic
 from minilora.training.checkpoint import Identity, TrainState
 from minilora.training.log import RunLog, check_board, marked_example, versions
-from minilora.training.memory_estimate import Choice, Setup, choose_cut
+from minilora.training.memory_estimate import USABLE, Choice, Setup, choose_cut
 from minilora.training.run import Run
 from minilora.training.rundir import CONFIG, lasting_settings, lock_run_dir, resolve_run_dir
 from minilora.training.signals import StopRequest
@@ -47,7 +49,6 @@ from minilora.utils.device import (
     memory_bytes,
     peak_memory_bytes,
     pick_device,
-    pick_dtype,
     why_cpu,
 )
 from minilora.utils.terminal import say
@@ -71,7 +72,6 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
     _check_before_reading(config, world)
     sources = read_sources(config)
     device = world.connect(pick_device(world.device_name(config.device)))
-    dtype = pick_dtype(config.dtype, device)
     base_folder = find_base(config.model, config.adapter)
     folder, resumed_from, notes = _claim(config, world, held)
     first_adapter = None if resumed_from else adapter_to_go_on(config)
@@ -81,17 +81,33 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
     schedule = schedule_of(config, sets, world.size)
 
     shards = world.size if config.fsdp else 1
-    setup = Setup(config, base_folder, dtype, device.type, bool(config.gradient_checkpointing), shards)
-    choice = _choose_cut(setup, sets.train, schedule, device, resumed_from, world)
+    cut = (sets.train, schedule, device, resumed_from, world)
+
+    def setup_in(arithmetic: Arithmetic) -> Setup:
+        checkpointing, dtypes = bool(config.gradient_checkpointing), (arithmetic.dtype, arithmetic.base_dtype)
+        return Setup(config, base_folder, dtypes[0], device.type, checkpointing, shards, dtypes[1])
+
+    def float32_fits() -> bool:
+        memory = _choose_cut(setup_in(Arithmetic(torch.float32, torch.float32)), *cut).memory
+        return memory is not None and memory.total * world.size <= free_bytes(device) * USABLE
+
+    run_before = folder if resumed_from else None
+    arithmetic = arithmetics.from_json(
+        world.run_on_main(
+            lambda: arithmetics.as_json(arithmetics.choose(config, base_folder, device, float32_fits, run_before))
+        )
+    )
+    setup = setup_in(arithmetic)
+    choice = _choose_cut(setup, *cut)
     before_loading = memory_bytes(device)
     model, base_fingerprint = _trainable_model(setup, first_adapter, device, world)
-    decoder, objective = decoder_of(model, dtype, device.type, config, choice.checkpointing), SFT()
+    decoder, objective = decoder_of(model, arithmetic.dtype, device.type, config, choice.checkpointing), SFT()
     optimizer = make_optimizer(model, config.weight_decay, config.loraplus_lr_ratio)
     if config.torch_compile:
         _compile_kernels(decoder, objective, sets.train, device, stop, header and world.main)
 
     identity = Identity(lasting_settings(config), base_fingerprint, sources.sha256, versions(), world.size)
-    agree(world, identity, dtype, device)
+    agree(world, identity, arithmetic, device)
     state = TrainState() if resumed_from is None else checkpoint.load(resumed_from, model, optimizer, identity)
     if state.asked_tokens != choice.max_tokens:  # changed settings go before the saved ones
         state.asked_tokens = state.max_tokens = choice.max_tokens
@@ -101,7 +117,7 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
         folder=folder,
         base_folder=base_folder,
         device=device,
-        dtype=dtype,
+        arithmetic=arithmetic,
         tokenizer=tokenizer,
         markup=markup,
         model=model,
@@ -137,7 +153,8 @@ def _check_before_reading(config: TrainConfig, world: World) -> None:
 
 def _open_log(run: Run, held: ExitStack) -> RunLog:
     """Write config.json and open the log of the process that writes."""
-    description = dataclasses.asdict(run.identity) | {"device": device_name(run.device), "dtype": str(run.dtype)}
+    description = dataclasses.asdict(run.identity) | {"device": device_name(run.device)}
+    description |= {"dtype": str(run.dtype), "base_dtype": str(run.arithmetic.base_dtype)}
     description["data"] = [data_record(report) for report in run.data.reports]
     files.replace_file(run.folder / CONFIG, files.json_chunks(description))
     steps = (run.state.step, run.saved_step, run.schedule.num_steps)
@@ -164,12 +181,12 @@ def _claim(config: TrainConfig, world: World, held: ExitStack) -> tuple[Path, Pa
     return Path(folder), Path(found) if found else None, notes
 
 
-def agree(world: World, identity: Identity, dtype: torch.dtype, device: torch.device) -> None:
+def agree(world: World, identity: Identity, arithmetic: Arithmetic, device: torch.device) -> None:
     """Raise ConfigError when the processes of a run have different settings, or do not read the same files."""
     places = ("model", "train_file", "eval_file", "adapter", "output_dir", "resume")  # may differ between machines
     own = {key: value for key, value in identity.config.items() if key not in places}
     own |= {"the base model": identity.base_fingerprint, "the rows": identity.dataset_sha256}
-    own |= {"the type of the matrix products": str(dtype), "the kind of device": device.type}
+    own |= {"the type of the matrix products": str(arithmetic.dtype), "the kind of device": device.type}
     everyone = world.exchange(own)
     for rank, theirs in enumerate(everyone):
         if odd := [key for key in own if theirs.get(key) != everyone[0].get(key)]:
@@ -194,10 +211,9 @@ def _trainable_model(setup: Setup, first_adapter: Path | None, device: torch.dev
 
     first_adapter: the run begins with the values of this adapter
     """
-    config, dtype = setup.config, setup.dtype
+    config = setup.config
     place = torch.device("cpu") if config.fsdp else device  # it may be larger than one device
-    loaded_as = torch.float32 if config.method == "full" else dtype
-    model: Any = load_model(setup.base_folder, loaded_as, place, config.base_bits)
+    model: Any = load_model(setup.base_folder, setup.base_dtype or setup.dtype, place, config.base_bits)
     base_fingerprint = fingerprint(model)
     if first_adapter is None:
         make_trainable(model, config)
@@ -206,7 +222,7 @@ def _trainable_model(setup: Setup, first_adapter: Path | None, device: torch.dev
         make_trainable(model, config)
         adapter_format.fill(model, updates)
     if config.fsdp:
-        shard(model, world, device, dtype)
+        shard(model, world, device, setup.dtype)
     return model, base_fingerprint
 
 
@@ -296,7 +312,7 @@ def _header(run: Run, notes: Sequence[str]) -> None:
         say("", f"all {schedule.num_steps:,} steps are done: nothing is left to train; {more}")
     elif run.stop_reason:
         say("", f"early stopping has ended this run at step {run.state.step:,}: nothing is left to train")
-    say("device", f"{device_name(run.device)}, matrix products in {str(run.dtype).removeprefix('torch.')}")
+    say("device", f"{device_name(run.device)}, {run.arithmetic.in_words}")
     if config.device == "auto" and run.device.type == "cpu" and (why := why_cpu()):
         say("", why)
     peak = f", {gib(run.predicted_peak_bytes)} predicted at the peak" if run.predicted_peak_bytes else ""
