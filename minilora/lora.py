@@ -194,7 +194,8 @@ class _LoRALinears(torch.autograd.Function):
         Ws, biases, As, Bs = (weights[i::4] for i in range(4))
         outputs, *saved = _outputs(x, scale, dropout, policy, list(zip(Ws, biases, As, Bs, strict=True)))
         ctx.scale = scale / (1 - dropout)  # dropout's own factor is folded into the scale
-        ctx.save_for_backward(*saved, *Ws, *As, *Bs)
+        ctx.weights = Ws
+        ctx.save_for_backward(*saved, *As, *Bs)
         return outputs
 
     @staticmethod
@@ -202,7 +203,7 @@ class _LoRALinears(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         flat, dropped, z, *saved = ctx.saved_tensors
         count = len(grad_outputs)
-        Ws, As, Bs = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        As, Bs = saved[:count], saved[count:]
         ranks = [len(A) for A in As]
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]  # (tokens, out) of each
         d_Bs = [(dy.T @ z_own).to(B.dtype) for dy, z_own, B in zip(dys, z.split(ranks, 1), Bs, strict=True)]
@@ -211,7 +212,7 @@ class _LoRALinears(torch.autograd.Function):
         d_As = [part.to(A.dtype) for part, A in zip(d_A.split(ranks), As, strict=True)]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = products_backward(dys, Ws)  # (tokens, in)
+            dx = products_backward(dys, ctx.weights)  # (tokens, in)
             A = _together(As, flat.dtype)
             if dropped is None:
                 dx.addmm_(dz, A)

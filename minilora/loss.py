@@ -100,16 +100,19 @@ def _nats_and_gradient(logits: Tensor, targets: Tensor, wide_rows: int, needs_gr
 
     logits: (chunk, vocabulary), targets: (chunk,) -> (chunk,), in fp32 or wider
     """
-    nats = []
-    for narrow, target in zip(logits.split(wide_rows), targets[:, None].split(wide_rows), strict=True):
-        wide = narrow.to(torch.promote_types(logits.dtype, torch.float32))
-        wide -= wide.amax(-1, keepdim=True)
-        wanted = wide.gather(1, target)  # (wide_rows, 1)
-        total = wide.exp_().sum(-1, keepdim=True)  # (wide_rows, 1)
-        nats.append(total.log() - wanted)
-        if needs_gradient:
-            narrow.copy_(wide.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0)))
-    return torch.cat(nats)[:, 0]
+    parts = zip(logits.split(wide_rows), targets.split(wide_rows), strict=True)
+    return torch.cat([_nats_of_few(rows, target, needs_gradient) for rows, target in parts])
+
+
+def _nats_of_few(logits: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:
+    """`_nats_and_gradient` of rows that are all converted to fp32 at once."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide -= wide.amax(-1, keepdim=True)
+    wanted = wide.gather(1, targets[:, None])  # (rows, 1)
+    total = wide.exp_().sum(-1, keepdim=True)  # (rows, 1)
+    if needs_gradient:
+        logits.copy_(wide.div_(total).scatter_add_(1, targets[:, None], torch.full_like(total, -1.0)))
+    return (total.log() - wanted)[:, 0]
 
 
 def _chunks_of_logits(hidden: Tensor, head: Tensor, chunk_rows: int) -> Iterator[tuple[slice, Tensor]]:

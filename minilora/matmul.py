@@ -57,12 +57,12 @@ class _FrozenLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, biases: Sequence[Tensor | None], *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*weights)
+        ctx.weights = weights  # not saved tensors: a layer that is computed again can stop before these products
         return _outputs(x, list(zip(weights, biases, strict=True)))
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]  # (tokens, out) of each
-        dx = products_backward(dys, ctx.saved_tensors)  # (tokens, in)
+        dx = products_backward(dys, ctx.weights)  # (tokens, in)
         return dx.view(*grad_outputs[0].shape[:-1], dx.shape[-1]), None, *([None] * len(dys))
