@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.kernels import first_derivative_only
-
-BLOCK_ROWS = 96  # most queries computed together on the CPU: their scores stay in the cache
+from minilora.utils.device import block_rows
 
 
 class Layout(NamedTuple):
@@ -177,13 +176,14 @@ class _Blocks:
         wide = torch.promote_types(query.dtype, torch.float32)
         gathered = (_side_by_side(x, self._order) for x in (key, value))
         self.keys, self.values = (x.transpose(0, 1).to(wide).contiguous() for x in gathered)
-        self._ahead = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf, dtype=wide).triu_(1)
+        self._most = block_rows(query.shape[1])  # queries computed together: their scores stay in the cache
+        self._ahead = torch.full((self._most, self._most), -torch.inf, dtype=wide).triu_(1)
 
     def __iter__(self) -> Iterator[_Block]:
         first_seen = 0
         for tokens, sees_prefix in self._layout.parts():
             length, prefix = tokens.stop - tokens.start, self._layout.prefix * sees_prefix
-            size = math.ceil(length / math.ceil(length / BLOCK_ROWS))  # blocks of about one size
+            size = math.ceil(length / math.ceil(length / self._most))  # blocks of about one size
             for start in range(0, length, size):
                 end = min(start + size, length)
                 queries = slice(tokens.start + start, tokens.start + end)

@@ -14,6 +14,7 @@ import torch
 from minilora.attention import Layout
 from minilora.config import TrainConfig
 from minilora.data.dataset import IGNORE, Example
+from minilora.utils.device import micro_batch_tokens
 
 
 def shares_prefix(config: TrainConfig, device_type: str) -> bool:
@@ -22,7 +23,7 @@ def shares_prefix(config: TrainConfig, device_type: str) -> bool:
 
 
 ROWS_MULTIPLE = 8  # bf16 products with another number of rows take up to a quarter longer on a CPU
-MICRO_BATCH_TOKENS = {"cpu": 960, "cuda": 16384}  # on CUDA a run takes fewer if this is predicted not to fit
+CUDA_TOKENS = 16384  # of a micro-batch; a run takes fewer if this is predicted not to fit
 SHARED_PREFIXES = 3  # a shared prefix raises the token limit of a micro-batch by 3 times its length
 
 
@@ -103,13 +104,17 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, share_prefix: bo
         yield collate([examples[i] for i in part], share_prefix)
 
 
-def default_tokens(device_type: str, examples: Sequence[Example], share_prefix: bool) -> int:
-    """The default token limit of a micro-batch of these examples.
+def default_tokens(
+    device_type: str, examples: Sequence[Example], share_prefix: bool, ffn: int, dtype: torch.dtype
+) -> int:
+    """The default token limit of a micro-batch of these examples. On a CPU it depends on the size of the cache.
 
+    ffn: the intermediate_size of the model; dtype: of its activations
     A longer shared prefix raises the limit, because sharing saves more when more rows use the same prefix.
     """
     shared = common_prefix(examples) if share_prefix else 0
-    return MICRO_BATCH_TOKENS[device_type] + SHARED_PREFIXES * shared
+    usual = micro_batch_tokens(ffn, dtype) if device_type == "cpu" else CUDA_TOKENS
+    return usual + SHARED_PREFIXES * shared
 
 
 def pack_examples(examples: Sequence[Example], max_tokens: int, share_prefix: bool) -> list[list[int]]:

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.kernels import first_derivative_only
+from minilora.utils.device import wide_rows
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 768}  # positions whose logits exist at a time: 78 MB, 233 MB in bf16 for Qwen
-WIDE_ROWS = {"cpu": 8, "cuda": 256}  # positions converted to fp32 at a time; on the CPU, as many as fit the cache
+CUDA_WIDE_ROWS = 256  # positions converted to fp32 at a time; on the CPU, as many as fit the cache
 
 
 def plain_nats(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -38,9 +39,8 @@ def token_nats(
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     device_type = device_type or hidden.device.type
     chunk_rows = chunk_rows or CHUNK_ROWS[device_type]
-    return _ChunkedCrossEntropy.apply(
-        hidden, weight, targets, chunk_rows, WIDE_ROWS[device_type], torch.is_grad_enabled()
-    )
+    few = wide_rows(len(weight)) if device_type == "cpu" else CUDA_WIDE_ROWS
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_rows, few, torch.is_grad_enabled())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         chunk_rows: int,
-        wide_rows: int,
+        few: int,
         training: bool,
     ) -> Tensor:
         needs_hidden, needs_weight = (needed and training for needed in ctx.needs_input_grad[:2])
@@ -61,13 +61,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
         d_weight = torch.zeros_like(weight) if needs_weight else None
         for rows, logits in _chunks_of_logits(hidden, head, chunk_rows):
-            nats[rows] = _nats_and_gradient(logits, targets[rows], wide_rows, needs_hidden or needs_weight)
+            nats[rows] = _nats_and_gradient(logits, targets[rows], few, needs_hidden or needs_weight)
             if d_hidden is not None:
                 torch.mm(logits, head, out=d_hidden[rows])
             if d_weight is not None:
                 d_weight += logits.T @ hidden[rows]
         ctx.save_for_backward(d_hidden, d_weight, *((hidden, weight, targets) if needs_weight else ()))
-        ctx.rows = (chunk_rows, wide_rows)
+        ctx.rows = (chunk_rows, few)
         return nats
 
     @staticmethod
@@ -85,22 +85,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _weight_gradient(
-    d_nats: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, wide_rows: int
+    d_nats: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_rows: int, few: int
 ) -> Tensor:
     """The gradient of the head's weight where rows have different factors: the logits are computed once more."""
     d_weight = torch.zeros_like(weight)
     for rows, logits in _chunks_of_logits(hidden, weight.to(hidden.dtype), chunk_rows):
-        _nats_and_gradient(logits, targets[rows], wide_rows, True)
+        _nats_and_gradient(logits, targets[rows], few, True)
         d_weight += logits.T @ (hidden[rows] * d_nats[rows, None]).to(hidden.dtype)
     return d_weight
 
 
-def _nats_and_gradient(logits: Tensor, targets: Tensor, wide_rows: int, needs_gradient: bool) -> Tensor:
+def _nats_and_gradient(logits: Tensor, targets: Tensor, few: int, needs_gradient: bool) -> Tensor:
     """The nats of a chunk's rows; its logits are overwritten by their gradient, softmax minus the one-hot target.
 
     logits: (chunk, vocabulary), targets: (chunk,) -> (chunk,), in fp32 or wider
     """
-    parts = zip(logits.split(wide_rows), targets.split(wide_rows), strict=True)
+    parts = zip(logits.split(few), targets.split(few), strict=True)
     return torch.cat([_nats_of_few(rows, target, needs_gradient) for rows, target in parts])
 
 

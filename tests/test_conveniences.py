@@ -113,7 +113,7 @@ def test_the_noise_is_the_papers_for_each_example_of_a_packed_step(start, load_t
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         assert relative_error(found[name], grad) < 1e-5, name
-    run.config = dataclasses.replace(run.config, neftune_noise_alpha=0.0)
+    run.decoder.noise_alpha = 0.0
     quiet = gradients_of(run)
     assert min(relative_error(quiet[name], grad) for name, grad in expected.items()) > 1e-3
 
@@ -147,7 +147,7 @@ def test_the_noise_is_a_function_of_seed_and_step_and_there_in_training_only(sta
     assert not same({name: param.grad for name, param in trained(run.model).items()}, one)
 
     noisy = loop.evaluate(run, run.data.eval)
-    run.config = dataclasses.replace(run.config, neftune_noise_alpha=0.0)
+    run.decoder.noise_alpha = 0.0
     assert loop.evaluate(run, run.data.eval) == noisy
 
 

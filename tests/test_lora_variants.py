@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IDS, Sizes, logits, randomize_lora, relative_error
+from conftest import IDS, Sizes, logits, random_examples, randomize_lora, relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,6 +17,7 @@ from minilora import cli, loop, lora_variants
 from minilora.adapters import format as adapter_format
 from minilora.adapters.export import export_portable
 from minilora.adapters.merge import merge
+from minilora.batching import collate
 from minilora.config import TARGET_GROUPS
 from minilora.errors import AdapterError, ConfigError
 from minilora.inference.multi_adapter import Adapters
@@ -24,7 +25,9 @@ from minilora.kernels import Policy
 from minilora.lora import LoRALinear, inject, lora_layers, project
 from minilora.lora_variants import dora_linear, main_directions, weight_norm
 from minilora.models import trainable
+from minilora.models.families import decoder_of
 from minilora.models.fingerprint import fingerprint
+from minilora.objectives.sft import SFT
 from minilora.tools.verify import verify
 from minilora.training import checkpoint, memory_estimate, setup
 from minilora.training.setup import prepare
@@ -466,9 +469,10 @@ def test_activations_computed_again_change_nothing(load_tiny, make_config):
     found = []
     for checkpointing in (False, True):
         model = load_tiny()
-        trainable.make_trainable(model, make_config(use_dora=True, lora_dropout=0.2), checkpointing=checkpointing)
+        trainable.make_trainable(model, make_config(use_dora=True, lora_dropout=0.2))
         torch.manual_seed(0)
-        model.train()(IDS, labels=IDS).loss.backward()
+        decoder = decoder_of(model.train(), torch.float32, "cpu", checkpointing=checkpointing)
+        SFT().loss(decoder, collate(random_examples([30, 20]))).backward()
         found.append([param.grad for param in model.parameters() if param.requires_grad])
     assert len(found[0]) == 3 * len(lora_layers(model))
     assert all(map(torch.equal, *found))

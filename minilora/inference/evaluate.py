@@ -171,7 +171,8 @@ def score(model: Any, dataset: Dataset, what: str) -> Scores:
     """
     device = next(model.parameters()).device
     longest = int(max(dataset.lengths)) - 1
-    max_tokens = default_tokens(device.type, next(dataset.groups()), share_prefix=device.type == "cpu")
+    sizes = (model.config.intermediate_size, model.get_output_embeddings().weight.dtype)
+    max_tokens = default_tokens(device.type, next(dataset.groups()), device.type == "cpu", *sizes)
     problem = f"one example of {longest:,} tokens does not fit: give a smaller --max_length"
     (nats, correct, supervised), _ = halve_until_fits(
         lambda size: _totals(model, dataset, size, what), max_tokens, longest, device, problem

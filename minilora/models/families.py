@@ -16,12 +16,12 @@ FAMILIES: Mapping[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
 }
-NAMES = "Qwen2, Qwen2.5, Qwen3, and Llama and Mistral of the same shape"
+NAMES = "Qwen2, Qwen2.5 and Qwen3, and Llama and Mistral of the same shape"
 
 
 def family_of(config: Any) -> Family:
     """The family of a model by its config. Raises UnsupportedModelError if minilora cannot train it exactly."""
-    kind = f"model type {config.model_type}"
+    kind = f"{config.name_or_path}: " * bool(config.name_or_path) + f"model type {config.model_type}"
     if getattr(config, "quantization_config", None):
         raise UnsupportedModelError(
             f"{config.name_or_path}: its weights are quantised. Give the original model as --model, with "

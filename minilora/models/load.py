@@ -233,6 +233,11 @@ def weight_shapes(folder: Path) -> dict[tuple[int, int], int]:
     return Counter([*per_layer, (hidden, ffn)] * layers + [(config.vocab_size, hidden)])
 
 
+def ffn_width(folder: Path) -> int:
+    """The intermediate_size of a model folder. Raises ModelError if minilora cannot train it exactly."""
+    return _config(folder).intermediate_size
+
+
 def empty_model(folder: Path, dtype: torch.dtype, layers: int) -> Any:
     """The model of a folder with only `layers` layers, on the meta device: it has shapes and no weights."""
     from transformers import AutoModelForCausalLM

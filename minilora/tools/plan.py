@@ -18,7 +18,7 @@ from minilora.data.dataset import Dataset, Example, make_columns, of_file
 from minilora.data.markup import ChatMarkup
 from minilora.data.sampler import Schedule
 from minilora.errors import ConfigError
-from minilora.models.load import load_tokenizer, num_layers
+from minilora.models.load import ffn_width, load_tokenizer, num_layers
 from minilora.training.arithmetic import Arithmetic, choose
 from minilora.training.memory_estimate import USABLE, Choice, Memory, Setup, along, fitting_cut, largest_batch, predict
 from minilora.training.setup import longest_allowed, schedule_of
@@ -100,7 +100,8 @@ def plan(config: TrainConfig, card: str | None) -> None:
     sets, about_rows = rows_of(config)
     dataset, schedule = sets.train, schedule_of(config, sets)
     first_step = [dataset[i] for i in schedule.examples_of(0)]
-    most = default_tokens(place.device_type, first_step, shares_prefix(config, place.device_type))
+    share, ffn = shares_prefix(config, place.device_type), ffn_width(base_folder)
+    most = default_tokens(place.device_type, first_step, share, ffn, place.dtype)
     asked = config.max_tokens_per_micro_batch if config.packing else 1
     asked = asked or (most if place.device_type == "cpu" else 0)
 

@@ -24,7 +24,7 @@ from minilora.distributed.world import World, join
 from minilora.errors import ConfigError, OutOfMemoryError, first_line
 from minilora.models.families import decoder_of
 from minilora.models.fingerprint import fingerprint
-from minilora.models.load import load_model, load_tokenizer
+from minilora.models.load import ffn_width, load_model, load_tokenizer
 from minilora.models.quantize import num_elements
 from minilora.models.trainable import in_words, make_trainable
 from minilora.objectives import Objective
@@ -261,9 +261,10 @@ def _choose_cut(
     config = setup.config
     asked = config.max_tokens_per_micro_batch if config.packing else 1  # smaller than any example: each goes alone
     if not asked and resumed_from is not None and (before := checkpoint.read_state(resumed_from).asked_tokens) > 1:
-        asked = before if device.type == "cuda" else 0
+        asked = before
     first_step = [train_set[i] for i in schedule.examples_of(0)]
-    most = default_tokens(device.type, first_step, shares_prefix(config, device.type))
+    share, ffn = shares_prefix(config, device.type), ffn_width(setup.base_folder)
+    most = default_tokens(device.type, first_step, share, ffn, setup.dtype)
     if config.base_bits:
         note = f"what a base in {config.base_bits} bits takes is not predicted: a step that does not fit is cut smaller"
         return Choice(asked or most, bool(config.gradient_checkpointing), None, (note,))

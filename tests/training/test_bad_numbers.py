@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from minilora import batching, cli, loop
 from minilora.config import FIELDS, TrainConfig
+from minilora.decoder import Decoder
 from minilora.objectives import sft
 from minilora.training import checkpoint
 
@@ -78,8 +79,7 @@ class Plant:
         if kind == "gradient":
             self._hooks.append(rng.choice(list(trained(run).values())).register_hook(self._spoil_gradient))
         if kind == "activation":
-            layer = rng.choice(list(run.model.get_decoder().layers))
-            self._hooks.append(layer.register_forward_hook(self._spoil_activation))
+            self._spoil_activations(patch, rng.choice(list(run.model.get_decoder().layers)))
 
     def _spoil_gradient(self, grad):
         if self.calls != self.k + 1 or self.planted:  # backward of the k-th comes after its loss
@@ -89,13 +89,18 @@ class Plant:
         grad.view(-1)[self.rng.randrange(grad.numel())] = self.value  # one number of one tensor
         return grad
 
-    def _spoil_activation(self, module, args, output):
-        if self.calls != self.k or self.planted:
+    def _spoil_activations(self, patch, chosen):
+        real = Decoder.layer
+
+        def layer(decoder, module, *inputs):
+            output = real(decoder, module, *inputs)
+            if module is chosen and self.calls == self.k and not self.planted:
+                self.planted = True
+                output = output.clone()
+                output.view(-1)[self.rng.randrange(output.numel())] = self.value
             return output
-        self.planted = True
-        spoilt = (output[0] if isinstance(output, tuple) else output).clone()
-        spoilt.view(-1)[self.rng.randrange(spoilt.numel())] = self.value
-        return (spoilt, *output[1:]) if isinstance(output, tuple) else spoilt
+
+        patch.setattr(Decoder, "layer", layer)
 
     def clear(self):
         for hook in self._hooks:
