@@ -90,7 +90,9 @@ class Decoder:
             hidden = self.run_layer(call_gathered, layer, self.layer, layer, hidden, cos, sin, place, kept)
         return self.norm(body.norm, hidden)[: len(batch.rows)]  # (S, hidden)
 
-    def layer(self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, place: Placement, kept: Any) -> Tensor:
+    def layer(
+        self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, place: Placement, kept: Tensor | None
+    ) -> Tensor:
         """One decoder layer. (T, hidden) -> (T, hidden), or (S', hidden) where `kept` names the rows that are read"""
         attended = self.attention(layer.self_attn, self.norm(layer.input_layernorm, hidden), cos, sin, place)
         if kept is not None:

@@ -146,7 +146,7 @@ REFUSED = {
     ),
     "attention dropout": ("qwen2", {"attention_dropout": 0.1}, "attention_dropout is set"),
     "another activation": ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
-    "scaled logits": ("granite", {"logits_scaling": 8.0}, "is not supported: minilora trains Qwen2, Qwen2.5 and Qwen3, and"),
+    "scaled logits": ("granite", {"logits_scaling": 8.0}, "not supported: minilora trains Qwen2, Qwen2.5 and"),
     "an attention of its own": ("bloom", {"n_layer": 2, "n_head": 4}, "is not supported: minilora trains"),
     "hybrid": (
         "qwen3_next",
