@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling --methods lora --ranks 8,64 --cards 1,8,64
 
-`minilora.training.memory_estimate` predicts the memory. It runs one step of two and of three layers on fake tensors,
+`minilora.training.memory_estimate` predicts the memory. It runs one step of three and of four layers on fake tensors,
 and extrapolates to all layers.
 Traffic is counted from the parameters. It is the number of bytes that a card receives in an optimizer step. A card
 sends the same number. Replicas sum their gradients in one ring all-reduce: each card receives twice the buffer, without
