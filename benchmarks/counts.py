@@ -77,13 +77,16 @@ class Counts:
 def formula_flops_per_token(tokens_per_example: int, layers: int = 24) -> float:
     """The FLOPs per token by formula.
 
-    The formula has the layers with the gradient of their input, the head on supervised rows, and attention. It has no
-    gradient of weights and no LoRA. Attention has 2 products forward and 5 backward (the scores are recomputed), over
-    the tokens that each token attends to.
+    The formula has the layers with the gradient of their input, the head on supervised rows, and attention. Of the last
+    layer, o_proj and the MLP see only the supervised rows too, because nothing reads their other outputs. The formula
+    has no gradient of weights and no LoRA. Attention has 2 products forward and 5 backward (the scores are recomputed),
+    over the tokens that each token attends to.
     """
     hidden = SHAPE["hidden_size"]
     kv = hidden * SHAPE["num_key_value_heads"] // SHAPE["num_attention_heads"]
-    body = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * SHAPE["intermediate_size"])
+    qkv = hidden * hidden + 2 * hidden * kv
+    others = hidden * hidden + 3 * hidden * SHAPE["intermediate_size"]  # o_proj and the MLP
+    body = layers * qkv + (layers - 1 + SUPERVISED_SHARE) * others
     head = hidden * SHAPE["vocab_size"]
     seen = 7 * 2 * hidden * layers * (tokens_per_example / 2)
     return 4 * body + 4 * head * SUPERVISED_SHARE + seen
