@@ -6,7 +6,12 @@ First every contender computes its loss on the answers of the first 32 rows befo
 more than 1 %, the contenders do not compute the same function, and nothing is measured. Then they train in turn. The
 script prints one table (medians over the repeats) and writes all figures to --out. "loss of step 1" is what each
 contender reports. It is over different rows, because each contender shuffles the rows itself. For the seed it is over
-all tokens. Exit code 1: refused, or a contender failed.
+all tokens.
+
+Every contender takes dtype auto: minilora's own, and for the others bf16 if the hardware has it. With --best_dtype,
+each of the others first trains on --trial_rows rows in bf16 and in fp32, and takes the faster one for all that follows.
+A trial is short: its time contains the first step's, in which products of new shapes are prepared.
+Exit code 1: refused, or a contender failed.
 """
 
 import argparse
@@ -22,8 +27,10 @@ NAMES = ("minilora", "seed", "trl", "trl-grouped", "trl-1")
 EXAMPLES_PER_STEP = 32
 MAX_LOSS_RATIO = 1.01
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
+DTYPES = ("bfloat16", "float32")
 HEAD = (
     "contender",
+    "dtype",
     "real tokens/s (min - max)",
     "supervised tokens/s",
     "against minilora",
@@ -34,11 +41,52 @@ HEAD = (
 )
 
 
-def run(name: str, args: argparse.Namespace, check: bool = False) -> Result:
+def run(name: str, args: argparse.Namespace, dtype: str, rows: int, check: bool = False) -> Result:
     """Run one contender in a separate process, and return its report. Raises FailedError."""
-    words = ["--model", args.model, "--train_file", args.train_file, "--rows", str(args.rows)]
+    words = ["--model", args.model, "--train_file", args.train_file, "--rows", str(rows), "--dtype", dtype]
     words += ["--device", args.device, "--flags", args.flags] + ["--check"] * check
     return written_by("contenders", name, *words)
+
+
+def best_dtypes(
+    args: argparse.Namespace, failed: dict[str, str]
+) -> tuple[dict[str, str], dict[str, dict[str, Result]]]:
+    """(the dtype of each contender, the trials of each by dtype). A dtype that fails is not taken.
+
+    The contenders take turns, as in the measured runs. minilora has no trial: it measures the machine itself.
+    """
+    trials: dict[str, dict[str, Result]] = {name: {} for name in args.contenders if name != "minilora"}
+    for dtype in DTYPES:
+        for name, own in trials.items():
+            try:
+                own[dtype] = run(name, args, dtype, args.trial_rows)
+                print(f"trial: {name} in {dtype}: {own[dtype]['tokens_per_second']:.1f} tokens/s", flush=True)
+            except FailedError as error:
+                own[dtype] = {"failed": str(error)}
+                print(f"trial: {name} in {dtype} failed: {error}", flush=True)
+    taken = {}
+    for name, own in trials.items():
+        speeds = {dtype: result["tokens_per_second"] for dtype, result in own.items() if "failed" not in result}
+        if speeds:
+            taken[name] = max(speeds, key=lambda dtype: speeds[dtype])
+        else:
+            failed[name] = own[DTYPES[0]]["failed"]
+    return taken, trials
+
+
+def trials_table(taken: dict[str, str], trials: dict[str, dict[str, Result]]) -> str:
+    """The figures of the trials as Markdown."""
+    head = ["contender", *(f"{dtype}, tokens/s (peak GiB)" for dtype in DTYPES), "taken"]
+    lines = [row(head), row(["---"] * len(head))]
+    for name, own in trials.items():
+        cells = [
+            f"failed: {result['failed']}"
+            if "failed" in result
+            else f"{result['tokens_per_second']:.1f} ({result['peak_bytes'] / 2**30:.2f})"
+            for result in own.values()
+        ]
+        lines.append(row([name, *cells, taken.get(name, "none")]))
+    return "\n".join(lines)
 
 
 def attempt(name: str, args: argparse.Namespace, failed: dict[str, str], check: bool = False) -> Result | None:
@@ -46,7 +94,7 @@ def attempt(name: str, args: argparse.Namespace, failed: dict[str, str], check: 
     if name in failed:
         return None
     try:
-        return run(name, args, check)
+        return run(name, args, args.dtypes.get(name, "auto"), args.rows, check)
     except FailedError as error:
         failed[name] = str(error)
         print(f"{name} failed: {error}", flush=True)
@@ -92,7 +140,7 @@ def table(results: dict[str, list[Result]], failed: dict[str, str]) -> str:
         memory = f"{middle(runs, 'peak_bytes') / 2**30:.2f}"
         if "peak_reserved_bytes" in runs[0]:
             memory += f" allocated, {middle(runs, 'peak_reserved_bytes') / 2**30:.2f} reserved"
-        cells = [name, f"{speed:.1f} ({min(speeds):.1f} - {max(speeds):.1f})"]
+        cells = [name, runs[0]["dtype"], f"{speed:.1f} ({min(speeds):.1f} - {max(speeds):.1f})"]
         cells += [f"{middle(runs, 'supervised_tokens_per_second'):.1f}", f"{speed / own:.2f} x" if own else ""]
         cells += [memory, f"{middle(runs, 'seconds_to_first_step'):.1f}"]
         cells += [f"{middle(runs, 'start_completion_loss'):.4f}", f"{middle(runs, 'first_step_loss'):.4f}"]
@@ -116,13 +164,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=64, help=f"a multiple of {EXAMPLES_PER_STEP}")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--contenders", default=",".join(NAMES), help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--best_dtype", action="store_true", help="the others train in the faster of bf16 and fp32")
+    parser.add_argument("--trial_rows", type=int, default=EXAMPLES_PER_STEP, help="rows of a trial of --best_dtype")
     args = parser.parse_args()
     args.contenders = list(dict.fromkeys(args.contenders.split(",")))
     unknown = [name for name in args.contenders if name not in NAMES]
-    odd = args.rows < EXAMPLES_PER_STEP or args.rows % EXAMPLES_PER_STEP != 0
+    odd = {
+        name: rows < EXAMPLES_PER_STEP or rows % EXAMPLES_PER_STEP != 0
+        for name, rows in (("rows", args.rows), ("trial_rows", args.trial_rows))
+    }
     refusals = {
         f"unknown contenders {', '.join(unknown)}; the contenders are {', '.join(NAMES)}": bool(unknown),
-        f"--rows {args.rows} is not a multiple of the {EXAMPLES_PER_STEP} examples of a step": odd,
+        f"--rows {args.rows} is not a multiple of the {EXAMPLES_PER_STEP} examples of a step": odd["rows"],
+        f"--trial_rows {args.trial_rows} is not a multiple of {EXAMPLES_PER_STEP}": odd["trial_rows"],
         "--repeat must be at least 1": args.repeat < 1,
     }
     refuse(parser, args, refusals)
@@ -133,6 +187,7 @@ def main() -> int:
     """Check, measure and report."""
     args = parse()
     failed: dict[str, str] = {}
+    args.dtypes, trials = best_dtypes(args, failed) if args.best_dtype else ({}, {})
     losses = start_losses(args, failed)
     if losses and max(losses.values()) > MAX_LOSS_RATIO * min(losses.values()):
         loss_text = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
@@ -140,9 +195,12 @@ def main() -> int:
         return 1
     results = measure(args, losses, failed)
     info = describe(args, results)
-    args.out.write_text(json.dumps({"about": info, "failed": failed, "results": results}, indent=2, ensure_ascii=False))
+    everything = {"about": info, "failed": failed, "trials": trials, "results": results}
+    args.out.write_text(json.dumps(everything, indent=2, ensure_ascii=False))
     print("\n" + ", ".join(f"{key} {value}" for key, value in info.items()) + "\n")
     print(table(results, failed))
+    if trials:
+        print(f"\nTrials of {args.trial_rows} rows:\n\n{trials_table(args.dtypes, trials)}")
     return int(bool(failed))
 
 

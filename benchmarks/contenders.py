@@ -49,6 +49,12 @@ class Job:
     flags: dict[str, Any]  # further minilora keys
     seed: int = 42
     save: Path | None = None  # where the adapter goes, in PEFT's format
+    dtype: str = "auto"  # auto | bfloat16 | float32: of the base and the products
+
+    @property
+    def peer_dtype(self) -> torch.dtype:
+        """The dtype of a peer; auto is bf16 if the hardware has it. minilora resolves auto itself."""
+        return pick_dtype(self.dtype, self.device)
 
     def rendered(self) -> tuple[list[Row], Dataset]:
         """The rows, and the tokens that count for all contenders: no padding, nothing after the last <|im_end|>."""
@@ -68,7 +74,7 @@ def minilora(job: Job, check: bool) -> Result:
 
     flags = {"model": job.model, "train_file": str(job.rows_file), "device": str(job.device), "num_train_epochs": 1}
     flags |= {"max_length": MAX_LENGTH, "system_prompt": SYSTEM, "output_dir": str(job.folder / "run")}
-    flags |= {"seed": job.seed}
+    flags |= {"seed": job.seed, "dtype": job.dtype}
     config = resolve("lora", flags | job.flags)
     if check:
         return {"start_completion_loss": minilora_start_loss(config)}
@@ -76,7 +82,10 @@ def minilora(job: Job, check: bool) -> Result:
     if job.save:
         shutil.copytree(job.folder / "run" / "adapter", job.save)
     first = json.loads((job.folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()[0])
+    about = json.loads((job.folder / "run" / "config.json").read_text("utf-8"))
+    dtype, base_dtype = (about[key].removeprefix("torch.") for key in ("dtype", "base_dtype"))
     return {
+        "dtype": dtype if base_dtype == dtype else f"{dtype}, base {base_dtype}",
         "seconds": summary.seconds,
         "steps": summary.steps,
         "first_step_loss": first["loss"],
@@ -101,11 +110,11 @@ def minilora_start_loss(config: Any) -> float:
 
 
 def peft_model(job: Job) -> Any:
-    """The base, in bf16 if the hardware has it, with the recipe's LoRA from peft (A and B in fp32)."""
+    """The base in the job's dtype, with the recipe's LoRA from peft (A and B in fp32)."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(job.model, dtype=pick_dtype("auto", job.device)).to(job.device)
+    base = AutoModelForCausalLM.from_pretrained(job.model, dtype=job.peer_dtype).to(job.device)
     base.config.use_cache = False
     lora = LoraConfig(r=8, lora_alpha=32, target_modules=TARGETS, lora_dropout=0.05, bias="none", task_type="CAUSAL_LM")
     return get_peft_model(base, lora)
@@ -121,7 +130,7 @@ def common(job: Job, per_device: int) -> dict[str, Any]:
         "num_train_epochs": 1,
         "seed": job.seed,
         "warmup_steps": 0.1,  # a ratio: transformers 5 has no warmup_ratio
-        "bf16": pick_dtype("auto", job.device) == torch.bfloat16,
+        "bf16": job.peer_dtype == torch.bfloat16,
         "use_cpu": job.device.type == "cpu",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -139,7 +148,7 @@ def seed(job: Job, check: bool) -> Result:
     Two things differ from the script:
     - Its max_length is the length of the FIRST row, and every longer row is cut. So its tokens would differ from those
       of the other contenders, and the first row would decide the speed. Here max_length is MAX_LENGTH.
-    - Its prepare_model_for_kbit_training casts the base to fp32. Here the base is in bf16, which is faster.
+    - Its prepare_model_for_kbit_training casts the base to fp32. Here the base is in the dtype of the job.
     """
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -258,6 +267,7 @@ def run_trainer(trainer: Any, job: Job) -> Result:
         trainer.save_model(str(job.save))
     first = next(record for record in trainer.state.log_history if "grad_norm" in record)
     return {
+        "dtype": str(job.peer_dtype).removeprefix("torch."),
         "seconds": times[-1] - times[0],
         "steps": len(times) - 1,
         "first_step_loss": first["loss"],
@@ -339,6 +349,7 @@ def main() -> None:
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--rows", type=int, required=True, help=f"a multiple of {EXAMPLES_PER_STEP}")
     parser.add_argument("--device", default="auto", help="auto | cpu | cuda")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--flags", default="{}", help="JSON of further minilora keys")
     parser.add_argument("--check", action="store_true", help="only the loss before training")
     parser.add_argument("--seed", type=int, default=42)
@@ -351,7 +362,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows_file = Path(folder) / "rows.jsonl"
         rows_file.write_bytes(first_rows(args.train_file, args.rows))
-        job = Job(args.model, rows_file, device, Path(folder), json.loads(args.flags), args.seed, args.save)
+        flags = json.loads(args.flags)
+        job = Job(args.model, rows_file, device, Path(folder), flags, args.seed, args.save, args.dtype)
         contender = CONTENDERS[args.name]
         result = contender(job, True) if args.check else measured(job, contender)
     args.out.write_text(json.dumps(result | about(device)))

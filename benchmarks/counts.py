@@ -11,7 +11,6 @@ allocates and frees internally.
 import argparse
 import gc
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +19,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minilora import attention, decoder, lora
+from minilora import lora
 from minilora.batching import Batch, collate
 from minilora.data.dataset import IGNORE, Example
-from minilora.decoder import head_weight, hidden_states, packed
-from minilora.loss import token_loss
-from minilora.training.memory_estimate import LAYERS, marked_at_first_layer
-from minilora.training.memory_trace import Watch, as_on, to_fake
+from minilora.decoder import once, recomputed
+from minilora.models.families import family_of
+from minilora.objectives.sft import SFT
+from minilora.training.memory_estimate import LAYERS, MarkedDecoder
+from minilora.training.memory_trace import Watch, policy_as_on, to_fake
 
 SHAPE = {  # Qwen2-0.5B
     "hidden_size": 896,
@@ -77,20 +77,23 @@ class Counts:
 def formula_flops_per_token(tokens_per_example: int, layers: int = 24) -> float:
     """The FLOPs per token by formula.
 
-    The formula has the layers with the gradient of their input, the head on supervised rows, and attention. It has no
-    gradient of weights and no LoRA. Attention has 2 products forward and 5 backward (the scores are recomputed), over
-    the tokens that each token attends to.
+    The formula has the layers with the gradient of their input, the head on supervised rows, and attention. Of the last
+    layer, o_proj and the MLP see only the supervised rows too, because nothing reads their other outputs. The formula
+    has no gradient of weights and no LoRA. Attention has 2 products forward and 5 backward (the scores are recomputed),
+    over the tokens that each token attends to.
     """
     hidden = SHAPE["hidden_size"]
     kv = hidden * SHAPE["num_key_value_heads"] // SHAPE["num_attention_heads"]
-    body = layers * (2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * SHAPE["intermediate_size"])
+    qkv = hidden * hidden + 2 * hidden * kv
+    others = hidden * hidden + 3 * hidden * SHAPE["intermediate_size"]  # o_proj and the MLP
+    body = layers * qkv + (layers - 1 + SUPERVISED_SHARE) * others
     head = hidden * SHAPE["vocab_size"]
     seen = 7 * 2 * hidden * layers * (tokens_per_example / 2)
     return 4 * body + 4 * head * SUPERVISED_SHARE + seen
 
 
 def whole(contender: str, layers: int = 24, **size: Any) -> Counts:
-    """The `count` of the whole model, from counts of 2 and 3 layers: every layer except the first costs the same."""
+    """The `count` of the whole model, from counts of 3 and 4 layers: all but the first and the last cost the same."""
     few, more = (count(contender, layers=number, **size) for number in LAYERS)
     steps = layers - LAYERS[0]
 
@@ -124,22 +127,17 @@ def count(
         raise ValueError(f"{contender} has no form {form!r}")
     length = tokens // examples
     step = minilora_step if contender == "minilora" else peft_step
-    model, forward, inputs = step(base_model(layers), length, examples, dropout)
-    with FakeTensorMode(), as_on(form), ExitStack() as held:
+    model, forward, inputs = step(base_model(layers), length, examples, dropout, checkpointing, form)
+    with FakeTensorMode():
         to_fake(model)
         inputs = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in inputs]
-        if checkpointing:  # random numbers have no state here, so none is preserved
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False, "preserve_rng_state": False})
-        held.enter_context(packed(model) if contender == "minilora" else nullcontext())
-        watch = held.enter_context(Watch([*model.parameters(), *model.buffers(), *inputs]))
-        held.enter_context(marked_at_first_layer(model, watch))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = forward(inputs)
-        gc.collect()
-        saved = watch.alive_bytes
-        watch.mark()
-        loss.backward()
+        with Watch([*model.parameters(), *model.buffers(), *inputs]) as watch:
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = forward(inputs, watch)
+            gc.collect()
+            saved = watch.alive_bytes
+            watch.mark()
+            loss.backward()
     trained = [name for name, param in model.named_parameters() if param.grad is not None]
     assert len(trained) == 2 * len(TARGETS) * layers, f"{len(trained)} weights got a gradient"
     assert all("lora_" in name for name in trained), "a frozen weight got a gradient"
@@ -147,7 +145,7 @@ def count(
     return Counts(contender, form, checkpointing, tokens, examples, *figures)
 
 
-Forward = Callable[[list[Tensor]], Tensor]  # inputs -> loss
+Forward = Callable[[list[Tensor], Watch], Tensor]  # inputs -> loss
 Step = tuple[Any, Forward, list[Tensor]]  # the model, its forward, inputs of the right shapes
 
 
@@ -161,29 +159,36 @@ def base_model(layers: int) -> Any:
     return model.train()
 
 
-def minilora_step(model: Any, length: int, examples: int, dropout: float) -> Step:
+def minilora_step(model: Any, length: int, examples: int, dropout: float, checkpointing: bool, form: str) -> Step:
     """The micro-batch of minilora, as `minilora.loop.gradients` runs it. Examples share no prefix."""
-    attention.register()
     lora.inject(model, TARGETS, RANK, ALPHA, dropout)
-    decoder.speed_up(model)
     batch = collate([example(length)] * examples)
+    # random numbers have no state here, so none is preserved
+    run_layer = recomputed(preserve_rng_state=False) if checkpointing else once
 
-    def forward(inputs: list[Tensor]) -> Tensor:
+    def forward(inputs: list[Tensor], watch: Watch) -> Tensor:
         fake = Batch(*inputs[:2], batch.layout, *inputs[2:])
-        return token_loss(hidden_states(model, fake), head_weight(model), fake.targets) / len(fake.targets)
+        family, policy = family_of(model.config), policy_as_on(form)
+        decoder = MarkedDecoder(model, family, policy, run_layer, dtype=torch.bfloat16, watch=watch)
+        return SFT().loss(decoder, fake) / len(fake.targets)
 
     return model, forward, [batch.input_ids, batch.position_ids, batch.rows, batch.targets]
 
 
-def peft_step(model: Any, length: int, examples: int, dropout: float) -> Step:
+def peft_step(model: Any, length: int, examples: int, dropout: float, checkpointing: bool, form: str) -> Step:
     """peft's layers and Hugging Face's loss, as a Trainer runs them, with all logits of (examples, length) at once."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, lora_dropout=dropout, task_type="CAUSAL_LM")
     model = get_peft_model(model, config)
     ids = torch.zeros(examples, length, dtype=torch.int64)
+    if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
 
-    def forward(inputs: list[Tensor]) -> Tensor:
+    def forward(inputs: list[Tensor], watch: Watch) -> Tensor:
+        first = model.get_decoder().layers[0]  # its backward pass is a phase whose peak does not grow with the layers
+        first.register_forward_hook(lambda _, __, output: output.register_hook(lambda _: watch.mark()) and None)
         # Rows of equal length need no mask. transformers cannot see this on fake tensors, and would build a mask.
         no_mask = {"full_attention": None}
         return model(input_ids=inputs[0], attention_mask=no_mask, labels=inputs[1], use_cache=False).loss

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.data.dataset import IGNORE
-from minilora.loss import token_loss
+from minilora.loss import token_nats
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 MMAP_BYTES = 65536
@@ -44,7 +44,7 @@ def supervised(loss: Loss) -> Loss:
 
 def chunked(rows: int) -> Loss:
     """minilora's loss, with `rows` rows at a time."""
-    return lambda hidden, weight, labels: token_loss(hidden, weight, labels, rows)
+    return lambda hidden, weight, labels: token_nats(hidden, weight, labels, rows)
 
 
 def contenders(chunk_rows: list[int]) -> dict[str, Loss]:

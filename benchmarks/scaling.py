@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling --methods lora --ranks 8,64 --cards 1,8,64
 
-`minilora.training.memory_estimate` predicts the memory. It runs one step of two and of three layers on fake tensors,
+`minilora.training.memory_estimate` predicts the memory. It runs one step of three and of four layers on fake tensors,
 and extrapolates to all layers.
 Traffic is counted from the parameters. It is the number of bytes that a card receives in an optimizer step. A card
 sends the same number. Replicas sum their gradients in one ring all-reduce: each card receives twice the buffer, without
@@ -79,7 +79,7 @@ def sizes_of(config: TrainConfig, folder: Path) -> Sizes:
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     model = empty_model(folder, torch.float32, 1)
     base = sum(param.numel() for param in model.get_decoder().layers[0].parameters())
-    make_trainable(model, config, checkpointing=False)
+    make_trainable(model, config)
     in_layer = sum(param.numel() for param in model.get_decoder().layers[0].parameters() if param.requires_grad)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     norm = model.get_decoder().norm.weight.numel()

@@ -32,6 +32,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", default="512,2048,8192", help="token limits of a micro-batch")
     parser.add_argument("--checkpointing", default="off,on")
     parser.add_argument("--methods", default="lora,full")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of the products")
     parser.add_argument("--examples", type=int, default=32, help="of an optimizer step")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps, the first of them not timed")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the keys of one setting: the process that measures it
@@ -53,6 +54,7 @@ def settings(args: argparse.Namespace) -> list[Result]:
     """The keys of every setting."""
     common = {"model": args.model, "train_file": args.train_file, "device": args.device, "max_steps": args.steps}
     common |= {"per_device_train_batch_size": args.examples, "gradient_accumulation_steps": 1, "eval_file": None}
+    common |= {"dtype": args.dtype}
     return [
         common
         | {"method": method, "gradient_checkpointing": SWITCHES[switch], "max_tokens_per_micro_batch": tokens}
@@ -82,11 +84,14 @@ def train_one(keys: Result) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         summary = loop.train(resolve("lora", keys | {"output_dir": str(run)}))
+        about = json.loads((run / "config.json").read_text("utf-8"))
         lines = (run / "metrics.jsonl").read_text("utf-8").splitlines()
         speeds = [record["tokens_per_second"] for record in map(json.loads, lines) if "tokens_per_second" in record]
         result_bytes = sum(path.stat().st_size for path in (run / summary.result).glob("*.safetensors"))
     return {
         "largest_tokens": largest[-1].input_ids.numel() if largest else None,
+        "dtype": about["dtype"].removeprefix("torch."),
+        "base_dtype": about["base_dtype"].removeprefix("torch."),
         "predicted_peak_bytes": summary.predicted_peak_memory_bytes,
         "peak_bytes": summary.peak_memory_bytes,
         "tokens_per_second": statistics.median(speeds[1:]),
@@ -110,11 +115,20 @@ def measure(keys: Result) -> Result:
 
 def table(found: list[tuple[Result, Result]]) -> str:
     """The figures of all settings as a Markdown table."""
-    head = ["method", "checkpointing", "micro-batch of up to", "the largest", "predicted GiB", "measured GiB"]
+    head = [
+        "method",
+        "dtype (base)",
+        "checkpointing",
+        "micro-batch of up to",
+        "the largest",
+        "predicted GiB",
+        "measured GiB",
+    ]
     head += ["measured / predicted", "tokens/s"]
     lines = [row(head), row(["---"] * len(head))]
     for keys, result in found:
-        cells = [keys["method"], "on" if keys["gradient_checkpointing"] else "off"]
+        dtypes = f"{result['dtype']} ({result['base_dtype']})" if "dtype" in result else keys["dtype"]
+        cells = [keys["method"], dtypes, "on" if keys["gradient_checkpointing"] else "off"]
         cells += [f"{keys['max_tokens_per_micro_batch']:,}"]
         if "failed" in result:
             lines.append(row([*cells, f"failed: {result['failed']}", "", "", "", ""]))

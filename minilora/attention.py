@@ -1,24 +1,19 @@
-"""Causal attention over packed examples, through transformers' public attention registry.
-
-Training uses the name PACKED: no mask is built, and the layout of the packed examples is an argument of the call.
-Everything else (generation with a cache, padded batches) uses transformers' own "sdpa".
-"""
+"""Causal attention over packed examples: blocks on the CPU, one FlashAttention call on CUDA, no mask on either."""
 
 import functools
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilora.kernels import first_derivative_only
-
-PACKED = "minilora_packed"
-BLOCK_ROWS = 96  # most queries computed together on the CPU: their scores stay in the cache
+from minilora.utils.device import block_rows
 
 
 class Layout(NamedTuple):
@@ -44,43 +39,62 @@ class Layout(NamedTuple):
             yield slice(ends[-1], ends[-1] + self.padding), False
 
 
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    layout: Layout | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Causal self-attention within each of the examples of `layout`, each of them seeing the shared prefix too.
+@dataclass(frozen=True)
+class Placement:
+    """A layout, and its index tensors on the device of a batch. They are made once a batch and used by every layer."""
 
-    query: (1, heads, T, head_dim), key, value: (1, kv_heads, T, head_dim) -> (1, T, heads, head_dim)
+    layout: Layout
+    device: torch.device
+
+    @functools.cached_property
+    def key_order(self) -> Tensor | None:
+        """The tokens that each part sees, [prefix, own], part after part. (keys,); None where each sees only its own"""
+        if not self.layout.prefix:
+            return None
+        prefix = torch.arange(self.layout.prefix)
+        parts = [(torch.arange(tokens.start, tokens.stop), sees_prefix) for tokens, sees_prefix in self.layout.parts()]
+        order = [torch.cat([prefix, own]) if sees_prefix else own for own, sees_prefix in parts]
+        return torch.cat(order).to(self.device, non_blocking=True)
+
+    @functools.cached_property
+    def offsets(self) -> tuple[Tensor, Tensor]:
+        """(where each part's queries begin, where its keys begin). (parts + 1,), int32, both"""
+        parts = list(self.layout.parts())
+        own = [tokens.stop - tokens.start for tokens, _ in parts]
+        seen = [length + self.layout.prefix * sees for length, (_, sees) in zip(own, parts, strict=True)]
+        both = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (own, seen)]
+        queries, keys = (tensor.to(self.device, non_blocking=True) for tensor in both)
+        return queries, keys
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, place: Placement, scale: float, device_type: str
+) -> Tensor:
+    """Causal self-attention within each of the examples of `place`, each of them seeing the shared prefix too.
+
+    query: (T, heads, head_dim), key, value: (T, kv_heads, head_dim) -> (T, heads, head_dim)
+    device_type: cpu | cuda, the kind of device whose code runs
     """
-    assert attention_mask is None, "packed examples carry their layout, not a mask"
-    assert dropout == 0.0, "attention dropout is refused when the model is loaded"
-    assert layout is not None, "packed examples carry their layout"
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, layout, scale), None
-    if query.device.type == "cpu":
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
-        return _PackedAttention.apply(q, k, v, layout, scale)[None], None
-    return plain_attention(query, key, value, layout, scale), None
+    if device_type == "cpu":
+        return _PackedAttention.apply(query, key, value, place, scale)
+    if query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, place, scale)
+    return plain_attention(query, key, value, place.layout, scale)
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
     """One masked softmax for each example, by PyTorch's SDPA; the other two implementations are tested against it."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))  # (1, heads, T, head_dim)
     outputs = []
     for tokens, sees_prefix in layout.parts():
-        q, k, v = query[:, :, tokens], key[:, :, tokens], value[:, :, tokens]
+        own_k, own_v = k[:, :, tokens], v[:, :, tokens]
         if sees_prefix:
-            k, v = (torch.cat([whole[:, :, : layout.prefix], own], 2) for whole, own in ((key, k), (value, v)))
-        visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril_(k.shape[2] - q.shape[2])
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True))
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+            own_k, own_v = (torch.cat([x[:, :, : layout.prefix], y], 2) for x, y in ((k, own_k), (v, own_v)))
+        length, seen = tokens.stop - tokens.start, own_k.shape[2]
+        mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril_(seen - length)
+        options: dict[str, Any] = {"attn_mask": mask, "scale": scale, "enable_gqa": True}
+        outputs.append(F.scaled_dot_product_attention(q[:, :, tokens], own_k, own_v, **options))
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -93,12 +107,12 @@ class _PackedAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]  # it would take the products to bf16
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, place: Placement, scale: float) -> Tensor:
         out = query.new_empty(query.shape)
-        for block in _Blocks(query, key, value, layout, scale):
+        for block in _Blocks(query, key, value, place, scale):
             block.put(torch.bmm(block.probabilities(), block.value), out)
         ctx.save_for_backward(query, key, value)
-        ctx.layout, ctx.scale = layout, scale
+        ctx.place, ctx.scale = place, scale
         return out
 
     @staticmethod
@@ -106,7 +120,7 @@ class _PackedAttention(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (query, key, value) = grad_outputs, ctx.saved_tensors
-        blocks = _Blocks(query, key, value, ctx.layout, ctx.scale)
+        blocks = _Blocks(query, key, value, ctx.place, ctx.scale)
         d_query = query.new_empty(query.shape)
         d_keys, d_values = torch.zeros_like(blocks.keys), torch.zeros_like(blocks.values)
         for block in blocks:
@@ -127,7 +141,7 @@ class _Block(NamedTuple):
     """
 
     queries: slice  # their tokens
-    seen: slice  # the keys' places in `_key_order`
+    seen: slice  # the keys' places in `Placement.key_order`
     ahead: Tensor  # (queries, queries): -inf where a key comes after the query, else 0
     query: Tensor  # (kv_heads, queries * shared, head_dim), scaled
     key: Tensor  # (kv_heads, keys, head_dim)
@@ -156,19 +170,20 @@ class _Blocks:
     keys, values: what each example sees, one after the other, in fp32; (kv_heads, keys, head_dim)
     """
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> None:
-        self._query, self._layout, self._scale, self._tokens = query, layout, scale, len(key)
-        self._order = _key_order(layout, key.device)
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, place: Placement, scale: float) -> None:
+        self._query, self._layout, self._scale, self._tokens = query, place.layout, scale, len(key)
+        self._order = place.key_order
         wide = torch.promote_types(query.dtype, torch.float32)
         gathered = (_side_by_side(x, self._order) for x in (key, value))
         self.keys, self.values = (x.transpose(0, 1).to(wide).contiguous() for x in gathered)
-        self._ahead = torch.full((BLOCK_ROWS, BLOCK_ROWS), -torch.inf, dtype=wide).triu_(1)
+        self._most = block_rows(query.shape[1])  # queries computed together: their scores stay in the cache
+        self._ahead = torch.full((self._most, self._most), -torch.inf, dtype=wide).triu_(1)
 
     def __iter__(self) -> Iterator[_Block]:
         first_seen = 0
         for tokens, sees_prefix in self._layout.parts():
             length, prefix = tokens.stop - tokens.start, self._layout.prefix * sees_prefix
-            size = math.ceil(length / math.ceil(length / BLOCK_ROWS))  # blocks of about one size
+            size = math.ceil(length / math.ceil(length / self._most))  # blocks of about one size
             for start in range(0, length, size):
                 end = min(start + size, length)
                 queries = slice(tokens.start + start, tokens.start + end)
@@ -184,26 +199,25 @@ class _Blocks:
         return x if self._order is None else x.new_zeros(self._tokens, *x.shape[1:]).index_add_(0, self._order, x)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, place: Placement, scale: float) -> Tensor:
     """One FlashAttention call for all examples (torch.nn.attention.varlen), causal from the lower right corner.
 
     With a shared prefix each example's keys are gathered as [prefix, own]: key heads are few, so the copy is small.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
-    queries, seen = _varlen_layout(layout, query.device)
-    k, v = (_side_by_side(x, _key_order(layout, query.device)) for x in (k, v))
-    longest_q = max(layout.prefix, layout.padding, *layout.lengths)
-    longest_k = max(layout.prefix + max(layout.lengths), layout.padding)
+    layout = place.layout
+    key, value = (_side_by_side(x, place.key_order) for x in (key, value))
+    longest_query = max(layout.prefix, layout.padding, *layout.lengths)
+    longest_key = max(layout.prefix + max(layout.lengths), layout.padding)
     options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # causal
     if _takes_grouped_queries(varlen_attn):
         options["enable_gqa"] = True
     else:  # torch 2.11 has no grouped queries here: each query head gets its own copy of its key head
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    out = varlen_attn(q, k, v, queries, seen, longest_q, longest_k, **options)
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    out = varlen_attn(query, key, value, *place.offsets, longest_query, longest_key, **options)
     assert isinstance(out, Tensor)
-    return out[None]
+    return out
 
 
 @functools.cache  # asked in every layer
@@ -211,46 +225,6 @@ def _takes_grouped_queries(varlen_attn: Callable[..., Any]) -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-@functools.lru_cache(maxsize=2)
-def _varlen_layout(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(where each part's queries begin, where its keys begin), once a batch. (parts + 1,), int32, both"""
-    parts = list(layout.parts())
-    own = [tokens.stop - tokens.start for tokens, _ in parts]
-    seen = [length + layout.prefix * sees_prefix for length, (_, sees_prefix) in zip(own, parts, strict=True)]
-    offsets = [torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32) for lengths in (own, seen)]
-    queries, keys = (tensor.to(device, non_blocking=True) for tensor in offsets)
-    return queries, keys
-
-
-@functools.lru_cache(maxsize=2)
-def _key_order(layout: Layout, device: torch.device) -> Tensor | None:
-    """The tokens that each part sees, [prefix, own], part after part; None where each sees its own. (keys,), int64"""
-    if not layout.prefix:
-        return None
-    prefix = torch.arange(layout.prefix)
-    own = [(torch.arange(tokens.start, tokens.stop), sees_prefix) for tokens, sees_prefix in layout.parts()]
-    order = [torch.cat([prefix, tokens]) if sees_prefix else tokens for tokens, sees_prefix in own]
-    return torch.cat(order).to(device, non_blocking=True)
-
-
-def forget_layouts() -> None:
-    """Empty the two caches: they hold tensors of the last batches, which are on the device."""
-    _varlen_layout.cache_clear()
-    _key_order.cache_clear()
-
-
 def _side_by_side(x: Tensor, order: Tensor | None) -> Tensor:
-    """Keys or values in `_key_order`. (T, kv_heads, head_dim) -> (keys, kv_heads, head_dim)"""
+    """Keys or values in `Placement.key_order`. (T, kv_heads, head_dim) -> (keys, kv_heads, head_dim)"""
     return x if order is None else x.index_select(0, order)
-
-
-def no_mask(*_: Any, **__: Any) -> None:
-    """The mask function of PACKED: it builds no mask."""
-
-
-def register() -> None:
-    """Make PACKED known to transformers; harmless when repeated."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(PACKED, packed_attention)
-    AttentionMaskInterface.register(PACKED, no_mask)

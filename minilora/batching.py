@@ -14,6 +14,7 @@ import torch
 from minilora.attention import Layout
 from minilora.config import TrainConfig
 from minilora.data.dataset import IGNORE, Example
+from minilora.utils.device import micro_batch_tokens
 
 
 def shares_prefix(config: TrainConfig, device_type: str) -> bool:
@@ -21,8 +22,8 @@ def shares_prefix(config: TrainConfig, device_type: str) -> bool:
     return config.share_prefix == "on" or (config.share_prefix == "auto" and device_type == "cpu")
 
 
-TOKENS_MULTIPLE = 8  # bf16 products with another number of rows take up to a quarter longer on a CPU
-MICRO_BATCH_TOKENS = {"cpu": 960, "cuda": 16384}  # on CUDA a run takes fewer if this is predicted not to fit
+ROWS_MULTIPLE = 8  # bf16 products with another number of rows take up to a quarter longer on a CPU
+CUDA_TOKENS = 16384  # of a micro-batch; a run takes fewer if this is predicted not to fit
 SHARED_PREFIXES = 3  # a shared prefix raises the token limit of a micro-batch by 3 times its length
 
 
@@ -30,7 +31,7 @@ SHARED_PREFIXES = 3  # a shared prefix raises the token limit of a micro-batch b
 class Batch:
     """Examples laid end to end. No row is padded, attention never crosses examples, and positions restart at each one.
 
-    T = input tokens, filled up at the end to a multiple of TOKENS_MULTIPLE. The last token of each example is only a
+    T = input tokens, filled up at the end to a multiple of ROWS_MULTIPLE. The last token of each example is only a
     target. A shared prefix is present once.
     S = supervised targets
     input_ids, position_ids: (1, T)
@@ -66,7 +67,7 @@ def collate(examples: Sequence[Example], share_prefix: bool = False) -> Batch:
     """
     prefix = common_prefix(examples) if share_prefix else 0
     lengths = [len(example.input_ids) - 1 - prefix for example in examples]
-    padding = -(prefix + sum(lengths)) % TOKENS_MULTIPLE
+    padding = -(prefix + sum(lengths)) % ROWS_MULTIPLE
     own_ids = (example.input_ids[prefix:-1] for example in examples)
     ids = np.concatenate([examples[0].input_ids[:prefix], *own_ids, np.zeros(padding, np.int64)])
     own_positions = (prefix + np.arange(length) for length in lengths)
@@ -103,13 +104,17 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, share_prefix: bo
         yield collate([examples[i] for i in part], share_prefix)
 
 
-def default_tokens(device_type: str, examples: Sequence[Example], share_prefix: bool) -> int:
-    """The default token limit of a micro-batch of these examples.
+def default_tokens(
+    device_type: str, examples: Sequence[Example], share_prefix: bool, ffn: int, dtype: torch.dtype
+) -> int:
+    """The default token limit of a micro-batch of these examples. On a CPU it depends on the size of the cache.
 
+    ffn: the intermediate_size of the model; dtype: of its activations
     A longer shared prefix raises the limit, because sharing saves more when more rows use the same prefix.
     """
     shared = common_prefix(examples) if share_prefix else 0
-    return MICRO_BATCH_TOKENS[device_type] + SHARED_PREFIXES * shared
+    usual = micro_batch_tokens(ffn, dtype) if device_type == "cpu" else CUDA_TOKENS
+    return usual + SHARED_PREFIXES * shared
 
 
 def pack_examples(examples: Sequence[Example], max_tokens: int, share_prefix: bool) -> list[list[int]]:

@@ -130,7 +130,8 @@ class TrainConfig:
         False, "give each process of torchrun a part of every layer (FSDP2), for a base that is too large for one card"
     )
     dtype: Literal["auto", "bfloat16", "float32"] = _key(
-        "auto", "dtype of the base; auto: bfloat16 where the hardware has it"
+        "auto",
+        "dtype of the matrix products; auto: bfloat16 where a GPU has it, on a CPU the faster one, which is measured",
     )
     device: str = _key("auto", "auto | cpu | cuda | cuda:N")
     seed: int = _key(42, "seed of the order of rows, the initial values and dropout", ge=0, le=2**63 - 1)

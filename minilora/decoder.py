@@ -1,58 +1,127 @@
-"""Token ids -> hidden states of a packed batch; the lean forms of norm, MLP and attention."""
+"""The decoder of Qwen and its relatives, written out: token ids -> hidden states of the supervised rows.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import MethodType
+The modules of transformers only hold the weights: no forward of theirs is called, and none is replaced. What differs
+between models is a row of `models/families.py`.
+Shapes: T = tokens of a micro-batch, heads = query heads, kv_heads = key and value heads, S = supervised rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from minilora import attention
-from minilora.attention import packed_attention
-from minilora.batching import Batch
+from minilora.attention import Layout, Placement, packed_attention
+from minilora.batching import ROWS_MULTIPLE, Batch
+from minilora.distributed.fsdp import call_gathered
 from minilora.distributed.world import gathered
-from minilora.kernels import _RMSNorm, _Rotary, _SwiGLU, compiled, eager
-from minilora.lora import project
+from minilora.kernels import Policy
+from minilora.lora import linear, project
 
-ATTENTIONS = ("Qwen2Attention", "Qwen3Attention", "LlamaAttention")
-NORMS = ("Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm")
-MLPS = ("Qwen2MLP", "Qwen3MLP", "LlamaMLP")
+RunLayer = Callable[..., Tensor]  # (layer function, its arguments) -> its result
 
 
-@contextmanager
-def packed(model: Any) -> Iterator[None]:
-    """Inside, attention is that of packed examples without a mask; outside it is transformers' own."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(attention.PACKED)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-        attention.forget_layouts()
+@dataclass(frozen=True)
+class Family:
+    """What distinguishes the models of one model_type from the others.
 
-
-def hidden_states(model: Any, batch: Batch, noise_alpha: float = 0.0) -> Tensor:
-    """Final hidden states at the supervised positions of a packed batch. (S, hidden)
-
-    noise_alpha: of NEFTune, in training; 0: no noise
+    qk_norm: each head of q and k goes through an RMSNorm before the rotary embedding
     """
-    if noise_alpha:
-        embedded = model.get_input_embeddings()(batch.input_ids)
-        inputs = {"inputs_embeds": embedded + embedding_noise(embedded, batch.layout, noise_alpha)}
-    else:
-        inputs = {"input_ids": batch.input_ids}
-    output = model.get_decoder()(**inputs, position_ids=batch.position_ids, layout=batch.layout, use_cache=False)
-    return output.last_hidden_state[0].index_select(0, batch.rows)
+
+    qk_norm: bool = False
 
 
-def embedding_noise(embedded: Tensor, layout: attention.Layout, alpha: float) -> Tensor:
+def once(function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """Run a layer; autograd keeps what its backward pass needs."""
+    return function(*inputs)
+
+
+def recomputed(preserve_rng_state: bool = True) -> RunLayer:
+    """A function that runs a layer, keeps only its input, and runs it again in the backward pass (arXiv:1604.06174).
+
+    preserve_rng_state: with the same random numbers
+    """
+    return partial(checkpoint, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+
+@dataclass
+class Decoder:
+    """The training forward of a model: `decoder(batch)` gives the hidden states of the supervised rows.
+
+    model: the causal language model of transformers that holds the weights
+    policy: how its kernels run
+    run_layer: `once`, or `recomputed()` for activation checkpointing
+    noise_alpha: of NEFTune, in training; 0: no noise
+    dtype: of the matrix products. Where the weights are narrower, they are converted product by product.
+    """
+
+    model: Any
+    family: Family
+    policy: Policy
+    run_layer: RunLayer = once
+    noise_alpha: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Final hidden states at the supervised positions of a packed batch. (S, hidden)"""
+        return call_gathered(self.model.get_decoder(), self._hidden_states, batch)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's weight, whole; for tied models it is the embedding. (vocabulary, hidden)"""
+        return gathered(self.model.get_output_embeddings().weight)
+
+    def _hidden_states(self, batch: Batch) -> Tensor:
+        body = self.model.get_decoder()
+        hidden = body.embed_tokens(batch.input_ids[0])  # (T, hidden)
+        hidden = hidden.to(torch.promote_types(hidden.dtype, self.dtype))
+        if self.noise_alpha and self.model.training:
+            hidden = hidden + embedding_noise(hidden, batch.layout, self.noise_alpha)
+        cos, sin = (table[0] for table in body.rotary_emb(hidden, batch.position_ids))  # (T, head_dim), both
+        place = Placement(batch.layout, hidden.device)
+        rows = F.pad(batch.rows, (0, -len(batch.rows) % ROWS_MULTIPLE))  # (S',): products like multiples of 8
+        for layer in body.layers:
+            kept = rows if layer is body.layers[-1] else None  # nothing reads the other rows of the last layer
+            hidden = self.run_layer(call_gathered, layer, self.layer, layer, hidden, cos, sin, place, kept)
+        return self.norm(body.norm, hidden)[: len(batch.rows)]  # (S, hidden)
+
+    def layer(
+        self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, place: Placement, kept: Tensor | None
+    ) -> Tensor:
+        """One decoder layer. (T, hidden) -> (T, hidden), or (S', hidden) where `kept` names the rows that are read"""
+        attended = self.attention(layer.self_attn, self.norm(layer.input_layernorm, hidden), cos, sin, place)
+        if kept is not None:
+            attended, hidden = attended.index_select(0, kept), hidden.index_select(0, kept)
+        hidden = hidden + linear(attended, layer.self_attn.o_proj, self.policy)
+        gate, up = project(  # (T, ffn), both
+            self.norm(layer.post_attention_layernorm, hidden), (layer.mlp.gate_proj, layer.mlp.up_proj), self.policy
+        )
+        return hidden + linear(self.policy.swiglu(gate, up), layer.mlp.down_proj, self.policy)
+
+    def attention(self, attn: Any, x: Tensor, cos: Tensor, sin: Tensor, place: Placement) -> Tensor:
+        """Causal attention without its output projection. (T, hidden) -> (T, heads * head_dim)"""
+        projections = project(x, (attn.q_proj, attn.k_proj, attn.v_proj), self.policy)
+        query, key, value = (y.unflatten(-1, (-1, attn.head_dim)) for y in projections)  # (T, heads, head_dim)
+        if self.family.qk_norm:
+            query, key = self.norm(attn.q_norm, query), self.norm(attn.k_norm, key)
+        query, key = (self.policy.rotate(rotated, cos, sin).to(value.dtype) for rotated in (query, key))
+        return packed_attention(query, key, value, place, attn.scaling, self.policy.device_type).flatten(1)
+
+    def norm(self, norm: Any, x: Tensor) -> Tensor:
+        """RMSNorm with the weight of a module. (..., hidden) -> (..., hidden)"""
+        return self.policy.rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def embedding_noise(embedded: Tensor, layout: Layout, alpha: float) -> Tensor:
     """NEFTune's noise (arXiv:2310.05914): uniform within alpha / sqrt(L * hidden), L the input tokens of each example.
 
-    embedded: (1, T, hidden) -> (1, T, hidden) of its dtype, drawn from the current seed. A shared prefix stands there
-    once, so its examples share one draw, of the mean of the variances that each would have given it.
+    embedded: (T, hidden) -> (T, hidden) of its dtype, drawn from the current seed. A shared prefix stands there once,
+    so its examples share one draw, of the mean of the variances that each would have given it.
     """
     inverse = 1 / (layout.prefix + np.array(layout.lengths))  # 1 / L of each example
     own = np.repeat(inverse, layout.lengths)
@@ -60,74 +129,3 @@ def embedding_noise(embedded: Tensor, layout: attention.Layout, alpha: float) ->
     most = torch.tensor(alpha * np.sqrt(inverse / embedded.shape[-1]), dtype=torch.float32, device=embedded.device)
     noise = torch.empty(embedded.shape, dtype=torch.float32, device=embedded.device).uniform_(-1, 1)
     return noise.mul_(most[:, None]).to(embedded.dtype)
-
-
-def head_weight(model: Any) -> Tensor:
-    """The output head's weight, whole; for tied models it is the embedding. (vocabulary, hidden)"""
-    return gathered(model.get_output_embeddings().weight)
-
-
-def speed_up(model: nn.Module, torch_compile: bool = False) -> None:
-    """Replace the forward of every module that is known here by one that saves less; others keep their own.
-
-    torch_compile: run their elementwise chains as kernels of torch.compile
-    """
-    wrap = compiled if torch_compile else eager
-    for module in model.modules():
-        kind = type(module).__name__
-        if kind in NORMS:
-            module.forward = MethodType(_norm_forward, module)
-        elif kind in MLPS and _is_silu(module.act_fn):
-            module.forward = MethodType(_mlp_forward, module)
-        elif kind in ATTENTIONS:
-            module.forward = MethodType(_attention_forward, module)
-        else:
-            continue
-        module.wrap = wrap  # type: ignore[assignment]  # no parameter and no module, but nn.Module takes it
-
-
-def _is_silu(function: Any) -> bool:
-    probe = torch.linspace(-4, 4, 9)
-    return bool(torch.equal(function(probe), F.silu(probe)))
-
-
-def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon, self.wrap)
-
-
-def _mlp_forward(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(_SwiGLU.apply(*project(x, (self.gate_proj, self.up_proj)), self.wrap))
-
-
-def _attention_forward(
-    self: Any,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Any]:
-    """Attention in packed training; every other call goes to the class's own forward."""
-    if "layout" not in kwargs:
-        return type(self).forward(
-            self, hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
-        )
-    tokens = hidden_states.shape[1]
-    shape = (1, tokens, -1, self.head_dim)
-    projections = project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
-    query, key, value = (projection.view(shape) for projection in projections)
-    if hasattr(self, "q_norm"):
-        query, key = self.q_norm(query), self.k_norm(key)
-    cos, sin = position_embeddings
-    query, key = (_Rotary.apply(rotated, cos, sin, self.wrap) for rotated in (query, key))
-    query, key = query.to(value.dtype), key.to(value.dtype)  # norms whose weights are in fp32 widen them
-    out, _ = packed_attention(
-        self,
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        None,
-        scaling=self.scaling,
-        layout=kwargs["layout"],
-    )
-    return self.o_proj(out.reshape(1, tokens, -1)), None

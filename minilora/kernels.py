@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def first_derivative_only(backward: Function) -> Function:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "minilora's backward passes give first derivatives only, and create_graph=True asks for second "
-                "derivatives. Use the plain formulas for them (plain_lora_linear, plain_loss, plain_attention)."
+                "derivatives. Use the plain formulas for them (plain_lora_linear, plain_nats, plain_attention)."
             )
         return backward(ctx, *grad_outputs)
 
@@ -71,6 +72,32 @@ def eager(function: Function) -> Function:
 def compiled(function: Function) -> Function:
     """The function compiled to one kernel for any number of tokens. It does not round intermediate results."""
     return torch.compile(function, dynamic=True)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the kernels of a step run. The decoder hands it down; the prediction of memory has one of its own.
+
+    device_type: cpu | cuda, the kind of device whose code runs
+    wrap: eager or compiled, for the elementwise chains
+    draw: draws what dropout sets to zero
+    """
+
+    device_type: str
+    wrap: Wrap = eager
+    draw: Callable[[Tensor, float], Tensor] = draw_dropped
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """weight * (x / rms(x)). (..., hidden) -> (..., hidden)"""
+        return _RMSNorm.apply(x, weight, eps, self.wrap)
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up. (..., ffn), (..., ffn) -> (..., ffn)"""
+        return _SwiGLU.apply(gate, up, self.wrap)
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary position embedding. x: (T, heads, head_dim), cos and sin: (T, head_dim) -> (T, heads, head_dim)"""
+        return _Rotary.apply(x, cos, sin, self.wrap)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -151,8 +178,8 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x: (1, T, heads, head_dim), cos and sin: (1, T, head_dim). The two halves of cos are equal, and those of sin."""
+    """x: (..., T, heads, head_dim), cos and sin: (..., T, head_dim), whose two halves are equal."""
     half = x.shape[-1] // 2
-    cos, sin = cos[..., None, :half], sin[..., None, :half]  # (1, T, 1, half)
+    cos, sin = cos[..., None, :half], sin[..., None, :half]  # (..., T, 1, half)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

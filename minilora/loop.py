@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from minilora.config import TrainConfig
-from minilora.data.dataset import IGNORE, Dataset, Example
-from minilora.decoder import head_weight, hidden_states, packed
+from minilora.data.dataset import Dataset, Example
 from minilora.distributed.world import full_tensor
 from minilora.errors import StoppedError
-from minilora.loss import token_loss
 from minilora.optim import learning_rate
 from minilora.training.finish import Summary, finish
 from minilora.training.recovery import skip, stopped, until_it_fits
 from minilora.training.run import Run
-from minilora.training.saving import record_evaluation, record_step, save_checkpoint
+from minilora.training.saving import record_evaluation, save_checkpoint, step_record
 from minilora.training.setup import prepare
 from minilora.training.signals import StopRequest
 from minilora.utils import terminal
@@ -73,11 +71,10 @@ def train_step(run: Run) -> dict[str, Any]:
     config, state, steps, started = run.config, run.state, run.schedule.num_steps, time.perf_counter()
     indices = run.schedule.examples_of(state.step)
     examples = [run.data.train[i] for i in indices]
-    num_supervised = sum(int((example.labels[1:] != IGNORE).sum()) for example in examples)
-    num_tokens = sum(len(example.input_ids) for example in examples)
+    num_units = run.objective.count(examples)
     rate = learning_rate(state.step, steps, config.learning_rate, config.lr_scheduler_type, config.warmup_ratio)
 
-    mean_loss = gradients(run, examples, num_supervised)
+    mean_loss = gradients(run, examples, num_units)
     params = [param for param in run.model.parameters() if param.grad is not None]
     norm = full_tensor(nn.utils.clip_grad_norm_(params, config.max_grad_norm or math.inf))
     loss, grad_norm = torch.stack([mean_loss, norm.to(mean_loss)]).tolist()  # the step's one wait for the device
@@ -90,33 +87,39 @@ def train_step(run: Run) -> dict[str, Any]:
         skip(run, indices, loss, grad_norm)
     run.optimizer.zero_grad(set_to_none=True)
 
-    return record_step(run, loss, grad_norm, rate, num_tokens, num_supervised, time.perf_counter() - started)
+    num_tokens, seconds = sum(len(example.input_ids) for example in examples), time.perf_counter() - started
+    state.step += 1
+    state.tokens += num_tokens
+    state.supervised_tokens += num_units
+    state.seconds += seconds
+    state.last_loss = loss if math.isfinite(loss) else state.last_loss
+    state.first_loss = state.last_loss if state.first_loss is None else state.first_loss
+    return step_record(run, loss, grad_norm, rate, num_tokens, num_units, seconds)
 
 
-def gradients(run: Run, examples: list[Example], num_supervised: int) -> Tensor:
-    """Add up the gradient of the mean loss, (sum of nats) / num_supervised, over the micro-batches; return that loss.
+def gradients(run: Run, examples: list[Example], num_units: int) -> Tensor:
+    """Add up the gradient of the mean loss, (sum over all units) / num_units, over the micro-batches; return that loss.
 
-    The gradient does not depend on how the step is divided, because each micro-batch divides its sum by the supervised
-    tokens of the whole step. (Dropout and noise are drawn for each micro-batch, so their values do depend on it.)
+    The gradient does not depend on how the step is divided, because each micro-batch divides its sum by the units of
+    the whole step. (Dropout and noise are drawn for each micro-batch, so their values do depend on it.)
     Each process takes its share of the examples (`run.batches`). If memory runs out, the step is repeated with fewer
     tokens in each micro-batch.
     """
 
     def accumulate() -> Tensor:
-        loss = torch.zeros((), device=run.device)
+        total = torch.zeros((), device=run.device)
         torch.manual_seed(step_seed(run.config.seed, run.state.step, run.world.rank))  # for dropout and noise
-        with packed(run.model.train()):
-            for batch in run.batches(examples):
-                with run.autocast():
-                    hidden = hidden_states(run.model, batch, run.config.neftune_noise_alpha)  # (S, hidden)
-                    nats = token_loss(hidden, head_weight(run.model), batch.targets)
-                (nats / num_supervised).backward()
-                loss += nats.detach() / num_supervised
-                run.check()
-        return loss
+        run.model.train()
+        for batch in run.batches(examples):
+            with run.autocast():
+                loss = run.objective.loss(run.decoder, batch) / num_units
+            loss.backward()
+            total += loss.detach()
+            run.check()
+        return total
 
-    loss = until_it_fits(run, accumulate, [len(example.input_ids) for example in examples])
-    return run.world.all_reduce_gradients(run.model.parameters(), loss)
+    total = until_it_fits(run, accumulate, [len(example.input_ids) for example in examples])
+    return run.world.all_reduce_gradients(run.model.parameters(), total)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
@@ -125,22 +128,20 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
 
 
 def evaluate(run: Run, dataset: Dataset) -> float:
-    """Mean loss over the supervised tokens of a data set, in nats. Repeated when memory runs out."""
-    found = until_it_fits(run, lambda: _evaluate(run, dataset), dataset.lengths)
-    nats, num_supervised = map(sum, zip(*run.world.exchange(found), strict=True))
-    return nats / num_supervised
+    """Mean loss over the units of a data set, in nats. Repeated when memory runs out."""
+    total = until_it_fits(run, lambda: _evaluate(run, dataset), dataset.lengths)
+    num_units = sum(run.objective.count(group) for group in dataset.groups())
+    return sum(run.world.exchange(total)) / num_units
 
 
 @torch.no_grad()
-def _evaluate(run: Run, dataset: Dataset) -> tuple[float, int]:
-    """(sum of nats, supervised tokens) of the micro-batches that this process takes."""
+def _evaluate(run: Run, dataset: Dataset) -> float:
+    """The loss summed over the micro-batches that this process takes."""
     total = torch.zeros((), device=run.device, dtype=torch.float64)
-    num_supervised = 0
-    with packed(run.model.eval()):
-        for group in dataset.groups():
-            for batch in run.batches(group):
-                with run.autocast():
-                    total += token_loss(hidden_states(run.model, batch), head_weight(run.model), batch.targets)
-                num_supervised += len(batch.targets)
-                run.check()
-    return total.item(), num_supervised
+    run.model.eval()
+    for group in dataset.groups():
+        for batch in run.batches(group):
+            with run.autocast():
+                total += run.objective.loss(run.decoder, batch)
+            run.check()
+    return total.item()

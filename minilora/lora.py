@@ -8,8 +8,8 @@ r"""LoRA (arXiv:2106.09685): a frozen linear layer plus a product of two small m
            \              /
     y = x W0^T + b  +  scale * dropout(x) A^T B^T
 
-The order of this file: the plain formula, the layer, the formula with a backward pass by hand, and `inject`, which puts
-layers into a model.
+The order of this file: the plain formula, the layer, the formula with a backward pass by hand, `project`, which
+computes layers that read the same x, and `inject`, which puts layers into a model.
 """
 
 import itertools
@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError
-from minilora.kernels import draw_dropped, first_derivative_only, zero_, zeroed
-from minilora.lora_variants import dora_linear, weight_norm
+from minilora.kernels import Policy, first_derivative_only, zero_, zeroed
+from minilora.lora_variants import DoRA, LoRA, plain_update
+from minilora.matmul import as_autocast, frozen_linears, products, products_backward
 
 
 def is_quantised(layer: nn.Linear) -> bool:
@@ -42,22 +43,18 @@ def plain_lora_linear(
     return F.linear(x, weight, bias) + plain_update(x, lora_A, lora_B, scale, dropout)
 
 
-def plain_update(x: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float, dropout: float) -> Tensor:
-    """What the low-rank path adds. x: (..., in) -> (..., out)"""
-    return scale * F.linear(F.linear(F.dropout(x, dropout), lora_A.to(x.dtype)), lora_B.to(x.dtype))
-
-
 class LoRALinear(nn.Module):
     """A frozen `nn.Linear` and its low-rank update: y = x W0^T + b + scale * dropout(x) A^T B^T.
 
     lora_A: (rank, in), Kaiming-uniform; lora_B: (out, rank), zero, so that training starts at W0 exactly
     (paper, section 4.1); both fp32 whatever the base is. scale = alpha / rank, or alpha / sqrt(rank) for rsLoRA.
-    DoRA adds lora_magnitude_vector: (out,), which starts as the norms of W0's rows; see `dora_linear`.
+    variant: what is computed with them. The layer holds the variant's own tensors: see `lora_variants`.
     """
 
-    lora_magnitude_vector: nn.Parameter | None
-    lora_A0: Tensor | None  # PiSSA's start, frozen: see `weights`
-    lora_B0: Tensor | None
+    variant: LoRA
+    lora_magnitude_vector: nn.Parameter  # of DoRA, (out,); otherwise None
+    lora_A0: Tensor  # of PiSSA, (rank, in); otherwise None
+    lora_B0: Tensor  # of PiSSA, (out, rank); otherwise None
 
     def __init__(
         self,
@@ -76,55 +73,31 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(A, a=math.sqrt(5)).to(device))
         self.lora_B = nn.Parameter(torch.zeros(base_layer.out_features, rank, dtype=dtype, device=device))
         self.scale = alpha / math.sqrt(rank) if rslora else alpha / rank
-        norms = weight_norm(base_layer.weight, self.lora_A, self.lora_B, self.scale) if dora else None
-        self.lora_magnitude_vector = None if norms is None else nn.Parameter(norms)
+        self.register_parameter("lora_magnitude_vector", None)
         self.register_buffer("lora_A0", None)
         self.register_buffer("lora_B0", None)
+        self.variant = DoRA() if dora else LoRA()
+        self.variant.initialise(self)
         self.dropout = dropout
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) -> (..., out)"""
-        if not self.enabled:
-            return self.base_layer(x)
-        dropout = self.dropout if self.training else 0.0
-        if is_quantised(self.base_layer):  # it multiplies by what it holds, and carries the gradient back through that
-            return self.base_layer(x) + plain_update(x, self.lora_A, self.lora_B, self.scale, dropout)
-        if self.lora_magnitude_vector is not None:
-            return dora_linear(x, *self.weights(), self.lora_magnitude_vector, self.scale, dropout)
-        if not torch.is_grad_enabled() and not dropout:
-            return self._without_autograd(x)
-        return lora_linear(x, *self.weights(), self.scale, dropout)
+        return linear(x, self, Policy(x.device.type))
 
     def weights(self) -> Weights:
-        """W0, b, and an A and a B whose product is the update: those that are trained.
-
-        From PiSSA's start (A0, B0) the update is B A - B0 A0 = B (A - A0) + (B - B0) A0, a product of rank 2r: exactly
-        zero at the start, without a rounded residual of W0, and good in bf16, where a difference of products is not.
-        """
-        base, A, B, A0, B0 = self.base_layer, self.lora_A, self.lora_B, self.lora_A0, self.lora_B0
-        if A0 is None or B0 is None:
-            return base.weight, base.bias, A, B
-        return base.weight, base.bias, torch.cat([A - A0, A0]), torch.cat([B, B - B0], 1)
-
-    def _without_autograd(self, x: Tensor) -> Tensor:
-        """`lora_linear` without autograd, equal bit for bit; it saves a quarter of the time of a single token."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        weight, bias, A, B = self.weights()
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        z = (flat @ A.to(x.dtype).T).mul_(self.scale)  # (tokens, rank)
-        y = F.linear(flat, weight.to(x.dtype), bias if bias is None else bias.to(x.dtype))
-        return y.addmm_(z, B.to(x.dtype).T).view(*x.shape[:-1], -1)
+        """W0, b, and an A and a B whose product is the update: see `LoRA.pair`."""
+        base = self.base_layer
+        return base.weight, base.bias, *self.variant.pair(self)
 
     def delta(self) -> Tensor:
-        """The update of the weight: scale * B A, and what DoRA's magnitudes make of the sum. (out, in)"""
-        weight, _, A, B = self.weights()
-        update = self.scale * (B @ A)
-        if self.lora_magnitude_vector is None:
-            return update
-        gain = self.lora_magnitude_vector / weight_norm(weight, A, B, self.scale)
-        return gain[:, None] * (weight + update) - weight
+        """The merged weight minus W0. (out, in)"""
+        return self.variant.delta(self)
+
+    @property
+    def current_dropout(self) -> float:
+        """The dropout of the layer in its mode. It is 0 outside training."""
+        return self.dropout if self.training else 0.0
 
     def extra_repr(self) -> str:
         """What print(model) shows of this layer."""
@@ -138,30 +111,76 @@ def lora_linear(
 
     x: (..., in), weight: (out, in), bias: (out,), lora_A: (rank, in), lora_B: (out, rank) -> (..., out)
     """
-    return _lora_linears(x, scale, dropout, [(weight, bias, lora_A, lora_B)])[0]
+    weights = [(weight, bias, lora_A, lora_B)]
+    return _lora_linears(x, scale, dropout, Policy(x.device.type), weights)[0]
 
 
-def project(x: Tensor, layers: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """The outputs of layers that read the same x. (..., in) -> (..., out) of each
+def linear(x: Tensor, layer: nn.Module, policy: Policy) -> Tensor:
+    """The output of any linear layer of a model. (..., in) -> (..., out)"""
+    return project(x, (layer,), policy)[0]
+
+
+def project(x: Tensor, layers: Sequence[nn.Module], policy: Policy) -> Sequence[Tensor]:
+    """The outputs of any linear layers that read the same x. (..., in) -> (..., out) of each
 
     LoRA layers of one kind are computed together, under one dropout mask, where each alone would draw its own. Each
-    sees the same distribution; x is masked once, multiplied by A once, and gets its gradient once.
+    sees the same distribution; x is masked once, multiplied by A once, and gets its gradient once. Frozen layers are
+    computed together, too. Other layers, and layers of several kinds, are computed one by one.
     """
-    if not all(isinstance(layer, LoRALinear) and layer.enabled for layer in layers):
-        return [layer(x) for layer in layers]
-    loras = [layer for layer in layers if isinstance(layer, LoRALinear)]
-    kinds = {(layer.scale, layer.dropout if layer.training else 0.0) for layer in loras}
-    plain = any(layer.lora_magnitude_vector is not None or is_quantised(layer.base_layer) for layer in loras)
-    if plain or len(kinds) > 1:
-        return [layer(x) for layer in layers]
-    ((scale, dropout),) = kinds
-    return _lora_linears(x, scale, dropout, [layer.weights() for layer in loras])
+    loras = [layer for layer in layers if isinstance(layer, LoRALinear) and _has_product(layer)]
+    kinds = {(layer.scale, layer.current_dropout) for layer in loras}
+    if len(loras) == len(layers) and len(kinds) == 1:
+        ((scale, dropout),) = kinds
+        return _lora_linears(x, scale, dropout, policy, [layer.weights() for layer in loras])
+    bases = [_base(layer) for layer in layers]
+    if all(_is_frozen(base) for base in bases):
+        return frozen_linears(x, [(base.weight, base.bias) for base in bases if isinstance(base, nn.Linear)])
+    if len(layers) > 1:
+        return [linear(x, layer, policy) for layer in layers]
+    ((layer, base),) = zip(layers, bases, strict=True)
+    if isinstance(layer, LoRALinear) and layer.enabled:
+        return [layer.variant.forward(layer, x, layer.current_dropout)]
+    return [base(x)]
 
 
-def _lora_linears(x: Tensor, scale: float, dropout: float, weights: Sequence[Weights]) -> tuple[Tensor, ...]:
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _LoRALinears.apply(x, scale, dropout, *itertools.chain(*weights))
+def _has_product(layer: LoRALinear) -> bool:
+    return layer.enabled and not layer.variant.alone and not is_quantised(layer.base_layer)
+
+
+def _base(layer: nn.Module) -> nn.Module:
+    """What is computed of a layer without its update: the base of a disabled LoRALinear, otherwise the layer itself."""
+    return layer.base_layer if isinstance(layer, LoRALinear) and not layer.enabled else layer
+
+
+def _is_frozen(layer: nn.Module) -> bool:
+    """Whether a layer is a floating-point `nn.Linear` that is not trained."""
+    if type(layer) is not nn.Linear or is_quantised(layer):
+        return False
+    return not layer.weight.requires_grad and (layer.bias is None or not layer.bias.requires_grad)
+
+
+def _lora_linears(
+    x: Tensor, scale: float, dropout: float, policy: Policy, weights: Sequence[Weights]
+) -> tuple[Tensor, ...]:
+    x = as_autocast(x)
+    if not torch.is_grad_enabled():  # autograd's part is a quarter of the time of a single token
+        return _outputs(x, scale, dropout, policy, weights)[0]
+    return _LoRALinears.apply(x, scale, dropout, policy, *itertools.chain(*weights))
+
+
+def _outputs(
+    x: Tensor, scale: float, dropout: float, policy: Policy, weights: Sequence[Weights]
+) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None, Tensor]:
+    """The outputs, and what the backward pass needs: x as (tokens, in), its dropped elements, and z (tokens, ranks)."""
+    flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+    As = [A for _, _, A, _ in weights]
+    dropped = policy.draw(flat, dropout) if dropout else None
+    z = (zeroed(flat, dropped) @ _together(As, x.dtype).T).mul_(scale / (1 - dropout))  # (tokens, ranks)
+    ys = products(flat, [(W, bias) for W, bias, _, _ in weights])  # (tokens, out) of each
+    z_owns = [z] if len(As) == 1 else z.split([len(A) for A in As], 1)  # one operation less for a single layer
+    for y, (_, _, _, B), z_own in zip(ys, weights, z_owns, strict=True):
+        y.addmm_(z_own, B.to(x.dtype).T)  # into the base product: no second (tokens, out) buffer
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys), flat, dropped, z
 
 
 class _LoRALinears(torch.autograd.Function):
@@ -171,27 +190,20 @@ class _LoRALinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, dropout: float, *weights: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, scale: float, dropout: float, policy: Policy, *weights: Any) -> tuple[Tensor, ...]:
         Ws, biases, As, Bs = (weights[i::4] for i in range(4))
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        A = _together(As, x.dtype)  # (ranks, in)
-        dropped = draw_dropped(flat, dropout) if dropout else None
+        outputs, *saved = _outputs(x, scale, dropout, policy, list(zip(Ws, biases, As, Bs, strict=True)))
         ctx.scale = scale / (1 - dropout)  # dropout's own factor is folded into the scale
-        z = (zeroed(flat, dropped) @ A.T).mul_(ctx.scale)  # (tokens, ranks)
-        outputs = []
-        for W, bias, B, z_own in zip(Ws, biases, Bs, z.split([len(A) for A in As], 1), strict=True):
-            y = F.linear(flat, W.to(x.dtype), bias if bias is None else bias.to(x.dtype))
-            y.addmm_(z_own, B.to(x.dtype).T)  # into the base product: no second (tokens, out) buffer
-            outputs.append(y.view(*x.shape[:-1], -1))
-        ctx.save_for_backward(flat, dropped, z, *Ws, *As, *Bs)
-        return tuple(outputs)
+        ctx.weights = Ws
+        ctx.save_for_backward(*saved, *As, *Bs)
+        return outputs
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         flat, dropped, z, *saved = ctx.saved_tensors
         count = len(grad_outputs)
-        Ws, As, Bs = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        As, Bs = saved[:count], saved[count:]
         ranks = [len(A) for A in As]
         dys = [dy.reshape(-1, dy.shape[-1]) for dy in grad_outputs]  # (tokens, out) of each
         d_Bs = [(dy.T @ z_own).to(B.dtype) for dy, z_own, B in zip(dys, z.split(ranks, 1), Bs, strict=True)]
@@ -200,17 +212,15 @@ class _LoRALinears(torch.autograd.Function):
         d_As = [part.to(A.dtype) for part, A in zip(d_A.split(ranks), As, strict=True)]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dys[0] @ Ws[0].to(flat.dtype)  # (tokens, in)
-            for dy, W in zip(dys[1:], Ws[1:], strict=True):
-                dx.addmm_(dy, W.to(flat.dtype))
+            dx = products_backward(dys, ctx.weights)  # (tokens, in)
             A = _together(As, flat.dtype)
             if dropped is None:
                 dx.addmm_(dz, A)
             else:
                 dx.add_(zero_(dz @ A, dropped))
-            dx = dx.view(*grad_outputs[0].shape[:-1], -1)
+            dx = dx.view(*grad_outputs[0].shape[:-1], dx.shape[-1])
         own = (gradient for d_A, d_B in zip(d_As, d_Bs, strict=True) for gradient in (None, None, d_A, d_B))
-        return dx, None, None, *own
+        return dx, None, None, None, *own
 
 
 def _together(parts: Sequence[Tensor], dtype: torch.dtype, dim: int = 0) -> Tensor:

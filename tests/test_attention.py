@@ -1,6 +1,7 @@
 """Packed examples: each is seen as if it were alone."""
 
 import copy
+import dataclasses
 import itertools
 
 import numpy as np
@@ -10,47 +11,54 @@ import torch.nn.functional as F
 from conftest import Sizes, random_examples, randomize_lora, relative_error
 
 from minilora import attention
-from minilora.attention import PACKED, Layout, packed_attention, plain_attention
+from minilora.attention import Layout, Placement, plain_attention
 from minilora.batching import collate
 from minilora.data.dataset import IGNORE, Example
-from minilora.decoder import head_weight, hidden_states, packed
 from minilora.lora import inject, lora_layers
-from minilora.loss import token_loss
+from minilora.models.families import decoder_of
+from minilora.objectives.sft import SFT
 
 LENGTHS = [17, 2, 40, 9, 26]
 
 
-def all_hidden(model, examples):
+def fp32_decoder(model, **keys):
+    return decoder_of(model, torch.float32, "cpu", **keys)
+
+
+def packed_attention(query, key, value, layout, scale=0.3):
+    """The attention of the device that the operands are on."""
+    device = query.device
+    return attention.packed_attention(query, key, value, Placement(layout, device), scale, device.type)
+
+
+def all_hidden(model, examples, device="cpu"):
     """Final hidden states at every position of packed examples, one tensor for each of them."""
     batch = collate(examples)
-    with torch.no_grad(), packed(model):
-        hidden = model.get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
-        ).last_hidden_state[0]
+    everywhere = dataclasses.replace(batch, rows=torch.arange(batch.input_ids.numel())).to(torch.device(device))
+    with torch.no_grad():
+        hidden = decoder_of(model, next(model.parameters()).dtype, device)(everywhere)
     assert len(hidden) == sum(batch.layout.lengths) + batch.layout.padding
     return hidden[: sum(batch.layout.lengths)].split(batch.layout.lengths)
 
 
 def test_packed_logits_are_those_of_each_example_alone(load_tiny):
     model = load_tiny()
-    assert model.config._attn_implementation == "sdpa"
     examples = random_examples(LENGTHS)
     together = all_hidden(model, examples)
-    assert model.config._attn_implementation == "sdpa"
     for example, hidden in zip(examples, together, strict=True):
         ids = torch.from_numpy(example.input_ids[None, :-1]).long()
         with torch.no_grad():
             alone = model(input_ids=ids).logits[0]
-        torch.testing.assert_close(F.linear(hidden, head_weight(model)), alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(F.linear(hidden, model.lm_head.weight), alone, rtol=1e-5, atol=1e-5)
 
 
 def test_hidden_states_are_those_of_the_supervised_rows(load_tiny):
     model = load_tiny()
     examples = random_examples(LENGTHS)
     batch = collate(examples)
-    with torch.no_grad(), packed(model):
-        rows = hidden_states(model, batch)
-    assert torch.equal(rows, torch.cat(all_hidden(model, examples))[batch.rows])
+    with torch.no_grad():
+        rows = fp32_decoder(model)(batch)
+    torch.testing.assert_close(rows, torch.cat(all_hidden(model, examples))[batch.rows], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("changed", range(len(LENGTHS)))
@@ -87,8 +95,7 @@ def test_nobody_sees_the_padding_and_it_has_no_gradient(load_tiny):
     for token in (0, 7):
         batch.input_ids[0, -batch.layout.padding :] = token
         model.zero_grad()
-        with packed(model.train()):
-            nats = token_loss(hidden_states(model, batch), head_weight(model), batch.targets)
+        nats = SFT().loss(fp32_decoder(model.train()), batch)
         nats.backward()
         found.append([nats, *(p.grad for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B))])
     assert all(map(torch.equal, *found))
@@ -99,25 +106,9 @@ def test_nothing_quadratic_in_the_packed_length_is_made(load_tiny):
     model = load_tiny()
     batch = collate(random_examples([13] * 60))
     total = sum(batch.layout.lengths)
-    with Sizes() as seen, torch.no_grad(), packed(model):
-        hidden_states(model, batch)
+    with Sizes() as seen, torch.no_grad():
+        fp32_decoder(model)(batch)
     assert seen.largest < total * total
-
-
-def test_the_registered_function_refuses_what_it_would_get_wrong():
-    q = torch.randn(1, 2, 6, 4)
-    for wrong in ({"attention_mask": torch.ones(6, 6)}, {"dropout": 0.1}, {"layout": None}):
-        with pytest.raises(AssertionError):
-            packed_attention(None, q, q, q, **({"attention_mask": None, "layout": Layout((2, 4))} | wrong))
-
-
-def test_packed_ends_with_the_block(load_tiny):
-    model = load_tiny()
-    with packed(model):
-        assert model.config._attn_implementation == PACKED
-    with pytest.raises(ZeroDivisionError), packed(model):
-        raise ZeroDivisionError
-    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -130,11 +121,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(load_tiny, dropout):
     found = []
     for checkpointing in (False, True):
         each = copy.deepcopy(model)
-        if checkpointing:
-            each.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(0)
-        with packed(each.train()), Sizes() as seen:
-            token_loss(hidden_states(each, batch), head_weight(each), batch.targets).backward()
+        with Sizes() as seen:
+            SFT().loss(fp32_decoder(each.train(), checkpointing=checkpointing), batch).backward()
         grads = [p.grad for layer in lora_layers(each).values() for p in (layer.lora_A, layer.lora_B)]
         assert all(grad.abs().max() > 0 for grad in grads)
         found.append((grads, sum("silu" in name for name, _, _ in seen.made)))
@@ -150,14 +139,14 @@ def test_varlen_on_cuda_equals_sdpa_one_by_one():
     lengths, heads, kv_heads, size = (64, 1, 200, 33), 8, 2, 64
     total = sum(lengths)
     torch.manual_seed(0)
-    shapes = [(1, heads, total, size), (1, kv_heads, total, size), (1, kv_heads, total, size)]
+    shapes = [(total, heads, size), (total, kv_heads, size), (total, kv_heads, size)]
     draws = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-    dy = torch.randn(1, total, heads, size, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(total, heads, size, device="cuda", dtype=torch.bfloat16)
 
     def one_by_one(q, k, v):
-        parts = zip(*(tensor.split(lengths, 2) for tensor in (q, k, v)), strict=True)
+        parts = zip(*(tensor.transpose(0, 1).split(lengths, 1) for tensor in (q, k, v)), strict=True)
         outputs = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in parts]
-        return torch.cat(outputs, 2).transpose(1, 2)
+        return torch.cat(outputs, 1).transpose(0, 1)
 
     def results(function, dtype):
         leaves = [tensor.to(dtype).clone().requires_grad_() for tensor in draws]
@@ -167,9 +156,7 @@ def test_varlen_on_cuda_equals_sdpa_one_by_one():
     scaling = size**-0.5
     exact = results(one_by_one, torch.float64)
     sdpa = results(one_by_one, torch.bfloat16)
-    ours = results(
-        lambda q, k, v: packed_attention(None, q, k, v, None, scaling, layout=Layout(lengths))[0], torch.bfloat16
-    )
+    ours = results(lambda q, k, v: packed_attention(q, k, v, Layout(lengths), scaling), torch.bfloat16)
     for name, truth, theirs, found in zip(("out", "dq", "dk", "dv"), exact, sdpa, ours, strict=True):
         assert found.dtype == torch.bfloat16
         assert relative_error(found, truth) <= 1.5 * relative_error(theirs, truth) + 1e-4, name
@@ -181,13 +168,7 @@ def test_a_packed_bf16_model_on_cuda_equals_each_example_alone(load_tiny):
     model = load_tiny(torch.bfloat16).cuda()
     exact = load_tiny(torch.float32).cuda()
     examples = random_examples(LENGTHS)
-    batch = collate(examples).to(torch.device("cuda"))
-    with torch.no_grad(), packed(model):
-        hidden = model.get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, layout=batch.layout, use_cache=False
-        ).last_hidden_state[0]
-    own = hidden[: sum(batch.layout.lengths)].split(batch.layout.lengths)
-    for example, part in zip(examples, own, strict=True):
+    for example, part in zip(examples, all_hidden(model, examples, "cuda"), strict=True):
         ids = torch.from_numpy(np.asarray(example.input_ids)[None, :-1]).long().cuda()
         with torch.no_grad():
             alone = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -200,7 +181,7 @@ def test_a_packed_bf16_model_on_cuda_equals_each_example_alone(load_tiny):
 
 def qkv(total, dtype=torch.float64, heads=4, kv_heads=2, size=8):
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, heads, total, size), (1, kv_heads, total, size), (1, kv_heads, total, size)]
+    shapes = [(total, heads, size), (total, kv_heads, size), (total, kv_heads, size)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
@@ -217,9 +198,9 @@ def test_blocks_of_queries_are_one_masked_softmax(lengths, prefix, padding):
     layout = Layout(lengths, prefix, padding)
     total = prefix + sum(lengths) + padding
     operands = qkv(total)
-    dy = torch.randn(1, total, 4, 8, dtype=torch.float64)
+    dy = torch.randn(total, 4, 8, dtype=torch.float64)
     exact = attention_results(lambda q, k, v: plain_attention(q, k, v, layout, 0.3), operands, dy)
-    ours = attention_results(lambda q, k, v: packed_attention(None, q, k, v, None, 0.3, layout=layout)[0], operands, dy)
+    ours = attention_results(lambda q, k, v: packed_attention(q, k, v, layout), operands, dy)
     for theirs, found in zip(exact, ours, strict=True):
         torch.testing.assert_close(found, theirs, rtol=0, atol=1e-10)
 
@@ -228,7 +209,7 @@ def test_blocks_of_queries_are_one_masked_softmax(lengths, prefix, padding):
 def test_blocks_in_bf16_are_as_exact_as_sdpa(prefix):
     layout = Layout((70, 33, 100), prefix)
     total = prefix + sum(layout.lengths)
-    operands, dy = qkv(total, torch.bfloat16), torch.randn(1, total, 4, 8).bfloat16()
+    operands, dy = qkv(total, torch.bfloat16), torch.randn(total, 4, 8).bfloat16()
 
     def plain(q, k, v):
         return plain_attention(q, k, v, layout, 0.3)
@@ -238,7 +219,7 @@ def test_blocks_in_bf16_are_as_exact_as_sdpa(prefix):
 
     def packed_under_autocast(q, k, v):  # the backward runs outside, as in the loop
         with torch.autocast("cpu", torch.bfloat16):
-            return packed_attention(None, q, k, v, None, 0.3, layout=layout)[0]
+            return packed_attention(q, k, v, layout)
 
     ours = attention_results(packed_under_autocast, operands, dy)
     for name, truth, theirs, found in zip(("out", "dq", "dk", "dv"), exact, sdpa, ours, strict=True):
@@ -261,9 +242,8 @@ def test_a_shared_prefix_gives_the_same_states_and_gradients(load_tiny):
         batch = collate(examples, share)
         assert batch.layout.prefix == (9 if share else 0)
         model.zero_grad()
-        with packed(model.train()):
-            hidden = hidden_states(model, batch)
-            token_loss(hidden, head_weight(model), batch.targets).backward()
+        hidden = fp32_decoder(model.train())(batch)
+        SFT().loss(fp32_decoder(model), batch).backward()
         grads = [p.grad for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
         found.append((hidden, batch.targets, grads))
     (alone, targets, expected), (together, same_targets, grads) = found
@@ -276,10 +256,10 @@ def test_a_shared_prefix_gives_the_same_states_and_gradients(load_tiny):
 def test_backward_under_autocast_is_the_same():
     """A loop of one's own may call backward inside autocast, which once took the fp32 scores there to bf16."""
     torch.manual_seed(0)
-    query, key, value = (torch.randn(1, heads, 40, 16).bfloat16().requires_grad_() for heads in (4, 2, 2))
+    query, key, value = (torch.randn(40, heads, 16).bfloat16().requires_grad_() for heads in (4, 2, 2))
     found = []
     for enabled in (False, True):
-        out, _ = packed_attention(None, query, key, value, None, layout=Layout((30, 10)))
+        out = packed_attention(query, key, value, Layout((30, 10)))
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             found.append(torch.autograd.grad(out.sum(), (query, key, value)))
     for one, other in zip(*found, strict=True):
@@ -318,16 +298,6 @@ def test_the_call_of_cuda_fits_both_signatures(monkeypatch, varlen_attn, prefix)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     layout = attention.Layout((7, 3), prefix, padding=2)
     tokens = prefix + 12
-    q, k, v = (torch.randn(1, heads, tokens, 8, dtype=torch.float64) for heads in (6, 2, 2))
+    q, k, v = (torch.randn(tokens, heads, 8, dtype=torch.float64) for heads in (6, 2, 2))
     expected = attention.plain_attention(q, k, v, layout, 0.3)
-    assert torch.allclose(attention._varlen(q, k, v, layout, 0.3), expected)
-
-
-def test_no_tensor_of_a_batch_is_kept_when_its_work_is_done(load_tiny):
-    """Two caches of the module once kept tensors on the device for as long as the process lived."""
-    model, batch = load_tiny(), collate(random_examples([9, 12]))
-    with packed(model):
-        hidden_states(model, batch)
-        attention._varlen_layout(batch.layout, torch.device("cpu"))
-    assert attention._varlen_layout.cache_info().currsize == 0
-    assert attention._key_order.cache_info().currsize == 0
+    assert torch.allclose(attention._varlen(q, k, v, Placement(layout, q.device), 0.3), expected)

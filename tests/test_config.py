@@ -588,7 +588,7 @@ SEED_RECIPE = {  # shared/seed, sections 5.1 and 5.2; r, alpha, dropout and targ
     "max_steps": 0,
     "save_steps": 0,  # at each epoch's end
     "system_prompt": "你是一个AI助手",
-    "dtype": "auto",  # bf16 where the hardware has it
+    "dtype": "auto",  # bf16 where a GPU has it; a CPU takes the faster one
     "max_length": 1024,  # never the length of the first row, which cuts every longer one
     "seed": 42,
     "use_rslora": False,

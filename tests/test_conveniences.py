@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import CPU, ROOT, first_step, gradients_of, randomize_lora, relative_error, trained, write_jsonl
 from safetensors.torch import load_file
 
-from minilora import cli, decoder, loop, lora
+from minilora import cli, loop, lora
 from minilora.adapters import format as adapter_format
 from minilora.attention import Layout
 from minilora.batching import common_prefix, pack
@@ -27,11 +27,13 @@ from minilora.data.dataset import make_columns
 from minilora.data.formats import Question, Turn
 from minilora.data.markup import ChatMarkup
 from minilora.data.sampler import Part, Schedule, make_schedule, mixed
+from minilora.decoder import embedding_noise
 from minilora.errors import CheckpointError, ConfigError, DataError
 from minilora.inference import generate
 from minilora.inference.generate import ChatModel, Sampling
 from minilora.models import fingerprint
 from minilora.models import load as loading
+from minilora.objectives import sft
 from minilora.training import checkpoint, rundir, saving
 from minilora.training import log as run_log
 from minilora.utils import device, terminal
@@ -111,7 +113,7 @@ def test_the_noise_is_the_papers_for_each_example_of_a_packed_step(start, load_t
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         assert relative_error(found[name], grad) < 1e-5, name
-    run.config = dataclasses.replace(run.config, neftune_noise_alpha=0.0)
+    run.decoder.noise_alpha = 0.0
     quiet = gradients_of(run)
     assert min(relative_error(quiet[name], grad) for name, grad in expected.items()) > 1e-3
 
@@ -119,13 +121,13 @@ def test_the_noise_is_the_papers_for_each_example_of_a_packed_step(start, load_t
 def test_the_noise_fills_its_bounds_and_no_more():
     layout, width = Layout((4, 40), prefix=10, padding=2), 512
     torch.manual_seed(0)
-    noise = decoder.embedding_noise(torch.zeros(1, 56, width, dtype=torch.bfloat16), layout, 3.0)
+    noise = embedding_noise(torch.zeros(56, width, dtype=torch.bfloat16), layout, 3.0)
     assert noise.dtype == torch.bfloat16
-    assert not noise[0, 54:].any()
+    assert not noise[54:].any()
     most = {length: 3.0 / math.sqrt(length * width) for length in (14, 50)}
     most[10] = 3.0 * math.sqrt((1 / 14 + 1 / 50) / 2 / width)  # the prefix: between those of its examples
     for part, length in ((slice(0, 10), 10), (slice(10, 14), 14), (slice(14, 54), 50)):
-        found = noise[0, part].float()
+        found = noise[part].float()
         assert float(found.abs().max()) <= most[length] * 1.005  # rounded to bf16
         assert float(found.abs().max()) > 0.99 * most[length]
         assert float(found.std()) == pytest.approx(most[length] / math.sqrt(3), rel=0.05)
@@ -145,7 +147,7 @@ def test_the_noise_is_a_function_of_seed_and_step_and_there_in_training_only(sta
     assert not same({name: param.grad for name, param in trained(run.model).items()}, one)
 
     noisy = loop.evaluate(run, run.data.eval)
-    run.config = dataclasses.replace(run.config, neftune_noise_alpha=0.0)
+    run.decoder.noise_alpha = 0.0
     assert loop.evaluate(run, run.data.eval) == noisy
 
 
@@ -287,7 +289,7 @@ def test_a_run_of_two_files_says_what_it_takes_of_each(start, two_files, capsys,
     epoch = np.concatenate([run.schedule.examples_of(step) for step in range(run.schedule.steps_per_epoch)])
     assert np.bincount(run.data.train.sources[epoch]).tolist() == [24, 3]
 
-    monkeypatch.setattr(loop, "token_loss", lambda hidden, *_: hidden.sum() * math.nan)
+    monkeypatch.setattr(sft, "token_nats", lambda hidden, *_: hidden.sum() * math.nan)
     loop.train_step(run)
     note = next(line for line in capsys.readouterr().out.splitlines() if "skipped" in line)
     lines = json.loads("[" + note.partition(f"rows at {two_files[0]}, lines [")[2].partition("]")[0] + "]")

@@ -9,19 +9,28 @@ import socket
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, first_step, flat, randomize_lora, relative_error, trained
 from test_readme import DEMO, told_by
 from test_rooms import MAX_STEP_LINES
 from torch.nn.attention.varlen import varlen_attn
 
 import minilora
 from benchmarks import scaling
-from minilora import cli
+from minilora import cli, loop
+from minilora.batching import collate
 from minilora.config import FIELDS
+from minilora.data import formats, rows
+from minilora.errors import DataError
+from minilora.loss import plain_nats
+from minilora.objectives.sft import SFT
+from minilora.training import setup
 from minilora.training.memory_estimate import USABLE
 
 DOCUMENTS = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))]
@@ -112,7 +121,22 @@ def test_quoted_code_is_the_code(path, file, content):
 def test_the_walkthrough_quotes_the_whole_story():
     files = {file for path, file, _ in (param.values for param in QUOTED) if path.name == "walkthrough.md"}
     modules = (
-        *("data/formats", "data/markup", "data/dataset", "data/sampler", "batching", "lora", "loss", "loop", "optim"),
+        *(
+            "data/formats",
+            "data/markup",
+            "data/dataset",
+            "data/sampler",
+            "batching",
+            "loop",
+            "objectives/sft",
+            "decoder",
+            "attention",
+            "lora",
+            "lora_variants",
+            "matmul",
+            "loss",
+            "optim",
+        ),
         *("adapters/format", "training/finish"),
     )
     assert files == {f"minilora/{module}.py" for module in modules}
@@ -285,6 +309,99 @@ def test_two_machines_that_are_one(script, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "processes    2," in done.stdout
     assert "verified" in done.stdout
+
+
+# ---------------------------------------------------------------------------------------- extending
+
+EXTENDING = ROOT / "docs" / "extending.md"
+OBJECTIVE, READER = (content for language, content in blocks(EXTENDING) if language == "python")
+
+
+def defined_by(source: str, name: str) -> Any:
+    """A class or a function that lines of code define."""
+    names: dict[str, Any] = {}
+    exec(source, names)
+    return names[name]
+
+
+def changed(source: str, difference: str) -> str:
+    """A source after a difference of one place: its lines begin with a space, - or +."""
+    lines = difference.splitlines(keepends=True)
+    old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
+    assert source.count(old) == 1, f"this is not one place of the file:\n{old}"
+    return source.replace(old, new)
+
+
+@pytest.mark.parametrize("budget", [40, 96, 4096])
+def test_the_objective_of_the_document_is_its_plain_formula(budget, start):
+    """Its loss and its gradient, however the step is cut; and with weight 1 it is SFT."""
+    run = start(share_prefix="on")
+    randomize_lora(run.model)
+    end, weight = run.markup.end, 3
+    examples = first_step(run)[0]
+    run.state.max_tokens = budget
+
+    def gradient_of_the_step() -> torch.Tensor:
+        return flat({name: param.grad.clone() for name, param in trained(run.model).items()})
+
+    found = {}
+    for objective in (SFT(), *(defined_by(OBJECTIVE, "EndWeighted")(end, each) for each in (1, weight))):
+        run.optimizer.zero_grad()
+        run.objective = objective
+        loss = loop.gradients(run, examples, objective.count(examples))
+        found[objective] = float(loss), gradient_of_the_step()
+    (plain, plain_gradient), (same, same_gradient), (loss, gradient) = found.values()
+    assert same == plain
+    assert torch.equal(same_gradient, plain_gradient)
+
+    run.optimizer.zero_grad()
+    total, units = torch.zeros(()), 0
+    for example in examples:
+        batch = collate([example])
+        nats = plain_nats(run.decoder(batch), run.decoder.head_weight, batch.targets)
+        weights = 1 + (weight - 1) * (batch.targets == end)
+        total, units = total + (weights * nats).sum(), units + int(weights.sum())
+    (total / units).backward()
+    assert loss == pytest.approx(float(total.detach()) / units, rel=1e-5)
+    assert abs(loss - plain) > 1e-4
+    assert relative_error(gradient, gradient_of_the_step()) < 1e-5
+
+
+def test_a_run_with_the_objective_of_the_document(make_config, monkeypatch):
+    monkeypatch.setattr(setup, "SFT", lambda: defined_by(OBJECTIVE, "EndWeighted")(2014, 3))
+    summary = loop.train(make_config(val_size=0.2, num_train_epochs=2), quiet=True)
+    assert summary.last_loss < summary.first_loss
+
+
+def test_the_row_format_of_the_document(monkeypatch):
+    source = Path(formats.__file__).read_text("utf-8")
+    for language, content in blocks(EXTENDING):
+        if language == "diff minilora/data/formats.py":
+            source = changed(source, content)
+    row = {"question": "1 + 1?", "answer": "2"}
+    with pytest.raises(ValueError, match="the needed fields are"):
+        formats.detect_format(row)
+    module = types.ModuleType("changed_formats")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # a dataclass looks its module up
+    exec(source, module.__dict__)
+    assert module.detect_format(row) == "question/answer"
+    turns = module.to_turns(row, "question/answer")
+    assert [(turn.role, turn.content) for turn in turns] == [("user", "1 + 1?"), ("assistant", "2")]
+
+
+def test_the_reader_of_the_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "read_lines", defined_by(READER, "read_csv"))
+    path = tmp_path / "rows.csv"
+    path.write_text('instruction,output\n"1 + 1, please",2\n"two\nlines",ok\n', "utf-8")
+    found, reading = rows.read_rows(path)
+    assert [(row.line, [turn.content for turn in row.turns]) for row in found] == [
+        (2, ["1 + 1, please", "2"]),
+        (4, ["two\nlines", "ok"]),
+    ]
+    assert reading.format == "instruction/output"
+    path.write_text("instruction,output\nempty,\n\nwhole,ok\n", "utf-8")
+    with pytest.raises(DataError, match=r"rows\.csv:2: 'output' is empty"):
+        rows.read_rows(path)
 
 
 # ---------------------------------------------------------------------------------------- the rest of the documents

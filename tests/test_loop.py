@@ -44,6 +44,7 @@ from minilora.data.dataset import IGNORE
 from minilora.errors import AdapterError, ConfigError, DivergedError, OutOfMemoryError, StoppedError
 from minilora.lora import lora_layers
 from minilora.models.fingerprint import base_tensors
+from minilora.objectives import sft
 from minilora.training import checkpoint, finish, recovery, report, setup
 from minilora.training.signals import StopRequest
 from minilora.utils import device
@@ -611,7 +612,7 @@ def test_a_signal_in_the_middle_of_a_step_saves_and_the_run_goes_on_exactly(
     folder = tmp_path / "stopped"
     config = dataclasses.replace(six_steps, output_dir=str(folder), save_steps=0)
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    real_step, real_loss = loop.train_step, loop.token_loss
+    real_step, real_loss = loop.train_step, sft.token_nats
     step = [0]
 
     def count(run):
@@ -626,7 +627,7 @@ def test_a_signal_in_the_middle_of_a_step_saves_and_the_run_goes_on_exactly(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", count)
-        patch.setattr(loop, "token_loss", interrupt)
+        patch.setattr(sft, "token_nats", interrupt)
         with pytest.raises(StoppedError) as stopped:
             loop.train(config)
     assert stopped.value.exit_code == code
@@ -784,10 +785,10 @@ def test_a_new_token_budget_is_obeyed_by_a_resumed_run(copied, start):
 
 
 def planted(bad_calls, fault):
-    """token_loss that is spoilt at these calls (from 1): a NaN loss, an infinite loss, or a NaN gradient only."""
-    real, calls = loop.token_loss, [0]
+    """token_nats that is spoilt at these calls (from 1): a NaN loss, an infinite loss, or a NaN gradient only."""
+    real, calls = sft.token_nats, [0]
 
-    def token_loss(hidden, *args):
+    def token_nats(hidden, *args):
         calls[0] += 1
         nats = real(hidden, *args)
         if calls[0] not in bad_calls:
@@ -796,13 +797,13 @@ def planted(bad_calls, fault):
             return nats + torch.sqrt((hidden * 0).sum())
         return nats * {"nan loss": math.nan, "infinite loss": math.inf}[fault]
 
-    return token_loss
+    return token_nats
 
 
 @pytest.mark.parametrize("fault", ["nan loss", "infinite loss", "nan gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(start, monkeypatch, fault):
     run = start(max_tokens_per_micro_batch=WHOLE_STEP, num_train_epochs=3, weight_decay=0.1)
-    monkeypatch.setattr(loop, "token_loss", planted({2, 3, 5, 6}, fault))
+    monkeypatch.setattr(sft, "token_nats", planted({2, 3, 5, 6}, fault))
 
     def everything():
         state = {f"{i}.{k}": v for i, s in enumerate(run.optimizer.state.values()) for k, v in s.items()}
@@ -822,7 +823,7 @@ def test_a_step_that_is_not_finite_changes_nothing(start, monkeypatch, fault):
 
 @pytest.mark.parametrize("fault", ["nan loss", "nan gradient"])
 def test_a_run_goes_on_after_a_skipped_step(make_config, monkeypatch, fault):
-    monkeypatch.setattr(loop, "token_loss", planted({1, 3}, fault))
+    monkeypatch.setattr(sft, "token_nats", planted({1, 3}, fault))
     config = make_config(max_tokens_per_micro_batch=WHOLE_STEP, logging_steps=1)
     summary = loop.train(config)
     assert (summary.steps, summary.skipped_steps) == (4, 2)
@@ -845,7 +846,7 @@ def test_three_such_steps_in_a_row_stop_the_run_at_its_last_good_state(eight_ste
     """The saved state goes on, once the cause is gone, as if nothing had been."""
     config = dataclasses.replace(eight_steps, output_dir=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "token_loss", planted(range(first_bad, 100), "nan loss"))
+        patch.setattr(sft, "token_nats", planted(range(first_bad, 100), "nan loss"))
         with pytest.raises(DivergedError) as diverged:
             loop.train(config)
     assert diverged.value.exit_code == 3
@@ -859,15 +860,15 @@ def test_three_such_steps_in_a_row_stop_the_run_at_its_last_good_state(eight_ste
 
 
 def out_of_memory_at(bad_calls, error):
-    real, calls = loop.token_loss, [0]
+    real, calls = sft.token_nats, [0]
 
-    def token_loss(*args):
+    def token_nats(*args):
         calls[0] += 1
         if calls[0] in bad_calls:
             raise error
         return real(*args)
 
-    return token_loss
+    return token_nats
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -878,7 +879,7 @@ def test_out_of_memory_at_any_micro_batch_gives_the_same_adapter(make_config, tm
         config = make_config(learning_rate=1e-4, max_tokens_per_micro_batch=200, output_dir=str(tmp_path / name))
         with monkeypatch.context() as patch:
             if name == "short":
-                patch.setattr(loop, "token_loss", out_of_memory_at({k}, torch.OutOfMemoryError("planted")))
+                patch.setattr(sft, "token_nats", out_of_memory_at({k}, torch.OutOfMemoryError("planted")))
             loop.train(config)
         state = json.loads((checkpoint.checkpoint_path(tmp_path / name, 4) / checkpoint.STATE).read_text())
         found[name] = state, load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
@@ -891,18 +892,18 @@ def test_out_of_memory_at_any_micro_batch_gives_the_same_adapter(make_config, tm
 
 def test_nothing_of_a_backward_pass_that_failed_is_held_while_the_step_begins_again(start, monkeypatch):
     """The graph once stayed until the next forward pass was over, which so had less room than it was given."""
-    run, real, seen, held = start(), loop.token_loss, [], []
+    run, real, seen, held = start(), sft.token_nats, [], []
 
     def fail(_):
         raise torch.OutOfMemoryError("planted")
 
-    def token_loss(hidden, *args):
+    def token_nats(hidden, *args):
         if not seen:
             seen.append(weakref.ref(hidden))
             hidden.register_hook(fail)
         return real(hidden, *args)
 
-    monkeypatch.setattr(loop, "token_loss", token_loss)
+    monkeypatch.setattr(sft, "token_nats", token_nats)
     monkeypatch.setattr(recovery, "free_cached", lambda device: held.append(seen[0]()))
     loop.train_step(run)
     assert held == [None]
@@ -916,7 +917,7 @@ def test_when_not_even_one_example_fits_the_run_says_so(start, monkeypatch, erro
         error = raised.value
     run = start(max_tokens_per_micro_batch=500)
     longest = max(len(example.input_ids) - 1 for example in first_step(run)[0])
-    monkeypatch.setattr(loop, "token_loss", out_of_memory_at(range(1000), error))
+    monkeypatch.setattr(sft, "token_nats", out_of_memory_at(range(1000), error))
     with pytest.raises(OutOfMemoryError) as refused:
         loop.train_step(run)
     assert refused.value.exit_code == 4
@@ -927,7 +928,7 @@ def test_when_not_even_one_example_fits_the_run_says_so(start, monkeypatch, erro
 
 def test_other_errors_are_not_taken_for_out_of_memory(start, monkeypatch):
     run = start()
-    monkeypatch.setattr(loop, "token_loss", out_of_memory_at({1}, RuntimeError("shapes do not match")))
+    monkeypatch.setattr(sft, "token_nats", out_of_memory_at({1}, RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes"):
         loop.train_step(run)
     assert lora_layers(run.model)
@@ -939,5 +940,6 @@ def test_a_long_system_prompt_is_shared_by_many_rows(start):
     examples = [run.data.train[i] for i in run.schedule.examples_of(0)]
     prefix = batching.common_prefix(examples)
     assert 192 < prefix < 512
-    assert run.state.max_tokens == batching.MICRO_BATCH_TOKENS["cpu"] + 3 * prefix
+    usual = batching.micro_batch_tokens(run.model.config.intermediate_size, torch.float32)
+    assert run.state.max_tokens == usual + 3 * prefix
     assert all(batch.layout.prefix >= prefix for batch in batching.micro_batches(examples, run.state.max_tokens, True))

@@ -10,9 +10,11 @@ from torch import nn
 
 from minilora import lora
 from minilora.errors import ConfigError
+from minilora.kernels import Policy
 from minilora.lora import LoRALinear, disabled, inject, lora_layers, lora_linear, plain_lora_linear, project
 
 IN, OUT, RANK = 12, 7, 3
+CPU = Policy("cpu")
 
 
 def operands(seed=0, dtype=torch.float64, bias=True, x_grad=True, shape=(2, 5), features=(IN, OUT, RANK)):
@@ -327,7 +329,7 @@ def test_layers_projected_together_are_each_what_it_is_alone():
     x = torch.randn(2, 9, IN, dtype=torch.float64, requires_grad=True)
     dys = [torch.randn(2, 9, layer.base_layer.out_features, dtype=torch.float64) for layer in layers]
     weights = [weight for layer in layers for weight in (layer.lora_A, layer.lora_B)]
-    together, alone = project(x, layers), [layer(x) for layer in layers]
+    together, alone = project(x, layers, CPU), [layer(x) for layer in layers]
     found, wanted = (torch.autograd.grad(ys, [x, *weights], dys) for ys in (together, alone))
     for ours, theirs in zip((*together, *found), (*alone, *wanted), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
@@ -342,7 +344,7 @@ def test_gradcheck_of_layers_projected_together(x_grad, dropout):
 
     def function(x, *_):
         torch.manual_seed(3)  # the same mask at every evaluation
-        return tuple(project(x, layers))
+        return tuple(project(x, layers, CPU))
 
     assert torch.autograd.gradcheck(function, (x, *weights))
 
@@ -355,15 +357,15 @@ def test_layers_projected_together_share_one_mask_and_others_do_not():
         layer.base_layer.weight.zero_()
         layer.base_layer.bias = None
     x = torch.ones(20, IN, dtype=torch.float64)
-    one, other = project(x, layers)
+    one, other = project(x, layers, CPU)
     assert torch.equal(one, other)
     assert (one == 0).any()
     layers[1].dropout = 0.25  # another kind: each by itself
-    one, other = project(x, layers)
+    one, other = project(x, layers, CPU)
     assert not torch.equal(one == 0, other == 0)
     layers[0].enabled = False
-    assert torch.equal(project(x, layers)[0], torch.zeros_like(x))
-    assert torch.equal(project(x, [layers[0].base_layer, nn.Identity()])[1], x)
+    assert torch.equal(project(x, layers, CPU)[0], torch.zeros_like(x))
+    assert torch.equal(project(x, [layers[0].base_layer, nn.Identity()], CPU)[1], x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import IDS, Sizes, logits, randomize_lora, relative_error
+from conftest import IDS, Sizes, logits, random_examples, randomize_lora, relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,13 +17,17 @@ from minilora import cli, loop, lora_variants
 from minilora.adapters import format as adapter_format
 from minilora.adapters.export import export_portable
 from minilora.adapters.merge import merge
+from minilora.batching import collate
 from minilora.config import TARGET_GROUPS
 from minilora.errors import AdapterError, ConfigError
 from minilora.inference.multi_adapter import Adapters
+from minilora.kernels import Policy
 from minilora.lora import LoRALinear, inject, lora_layers, project
 from minilora.lora_variants import dora_linear, main_directions, weight_norm
 from minilora.models import trainable
+from minilora.models.families import decoder_of
 from minilora.models.fingerprint import fingerprint
+from minilora.objectives.sft import SFT
 from minilora.tools.verify import verify
 from minilora.training import checkpoint, memory_estimate, setup
 from minilora.training.setup import prepare
@@ -155,7 +159,7 @@ def test_dora_layers_that_read_the_same_input_go_alone():
     plain = LoRALinear(nn.Linear(IN, OUT, dtype=torch.float64), RANK, alpha=5)
     x = torch.randn(4, IN, dtype=torch.float64)
     for group in (layers, [plain, layers[0]]):
-        for found, layer in zip(project(x, group), group, strict=True):
+        for found, layer in zip(project(x, group, Policy("cpu")), group, strict=True):
             assert torch.equal(found, layer(x))
 
 
@@ -465,9 +469,10 @@ def test_activations_computed_again_change_nothing(load_tiny, make_config):
     found = []
     for checkpointing in (False, True):
         model = load_tiny()
-        trainable.make_trainable(model, make_config(use_dora=True, lora_dropout=0.2), checkpointing=checkpointing)
+        trainable.make_trainable(model, make_config(use_dora=True, lora_dropout=0.2))
         torch.manual_seed(0)
-        model.train()(IDS, labels=IDS).loss.backward()
+        decoder = decoder_of(model.train(), torch.float32, "cpu", checkpointing=checkpointing)
+        SFT().loss(decoder, collate(random_examples([30, 20]))).backward()
         found.append([param.grad for param in model.parameters() if param.requires_grad])
     assert len(found[0]) == 3 * len(lora_layers(model))
     assert all(map(torch.equal, *found))
@@ -481,7 +486,7 @@ def test_a_resumed_run_goes_on_to_the_bit(make_config, tmp_path, monkeypatch):
     folder = tmp_path / "again"
     shutil.copytree(original, folder, ignore=shutil.ignore_patterns("step-000003", "adapter", ".lock"))
     real = lora_variants.main_directions
-    monkeypatch.setattr(trainable, "main_directions", lambda *args: tuple(1.5 * part for part in real(*args)))
+    monkeypatch.setattr(lora_variants, "main_directions", lambda *args: tuple(1.5 * part for part in real(*args)))
     loop.train(make_config(**keys, output_dir=str(folder), resume="auto"))
     for file in ("adapter/adapter_model.safetensors", f"checkpoints/step-000003/{checkpoint.WEIGHTS}"):
         assert (folder / file).read_bytes() == (original / file).read_bytes()

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minilora import loop
 from minilora.errors import MiniloraError
+from minilora.objectives import sft
 
 LIMIT_S = 60.0  # for the end of a world that has lost a process
 
@@ -92,11 +92,11 @@ def start(size: int, work, folder: Path, number: int) -> list[Child]:
     return [Child(rank, size, port, work, folder / f"world{number}-rank{rank}.log") for rank in range(size)]
 
 
-def spoilt(calls_of, fault, real=loop.token_loss):
-    """token_loss that in this process goes wrong at these calls (from 1)."""
+def spoilt(calls_of, fault, real=sft.token_nats):
+    """token_nats that in this process goes wrong at these calls (from 1)."""
     calls = [0]
 
-    def token_loss(*args):
+    def token_nats(*args):
         calls[0] += 1
         if calls[0] not in calls_of:
             return real(*args)
@@ -104,16 +104,16 @@ def spoilt(calls_of, fault, real=loop.token_loss):
             return real(*args) * float("nan")
         raise fault
 
-    return token_loss
+    return token_nats
 
 
-def told_to_stop(config, real=loop.token_loss):
-    """token_loss that sends this process SIGTERM once the run has logged two lines."""
+def told_to_stop(config, real=sft.token_nats):
+    """token_nats that sends this process SIGTERM once the run has logged two lines."""
     log = Path(config.output_dir) / "metrics.jsonl"
 
-    def token_loss(*args):
+    def token_nats(*args):
         if log.exists() and len(log.read_text().splitlines()) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    return token_loss
+    return token_nats

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from minilora.errors import AdapterError, DivergedError, ModelError
 from minilora.lora import inject, lora_layers
+from minilora.lora_variants import DoRA, LoRA
 from minilora.models.load import find_model, what_else
 from minilora.models.trained import end_tokens, save_tokenizer, write_generation
 from minilora.utils import files
@@ -73,6 +74,11 @@ class AdapterConfig:
         """The factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def variant(self) -> LoRA:
+        """The variant whose tensors the file holds."""
+        return DoRA() if self.dora else LoRA()
+
 
 def converted(config: AdapterConfig) -> AdapterConfig:
     """The settings of a PiSSA adapter on the original base: twice the rank, and the same scale.
@@ -91,11 +97,10 @@ def tensors(model: nn.Module, scale: float) -> dict[str, Tensor]:
     """
     named = {}
     for name, layer in lora_layers(model).items():
-        _, _, A, B = layer.weights()
+        A, B = layer.variant.pair(layer)
         named[f"{PREFIX}{name}.lora_A.weight"] = A.detach()
         named[f"{PREFIX}{name}.lora_B.weight"] = B.detach() * (layer.scale / scale)  # 1, except for `converted` rsLoRA
-        if layer.lora_magnitude_vector is not None:
-            named[f"{PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector.detach()
+        named |= {f"{PREFIX}{name}.{key}": getattr(layer, key).detach() for key in layer.variant.trained}
     return named
 
 
@@ -339,26 +344,23 @@ def fill(model: nn.Module, updates: Mapping[str, "Update"]) -> None:
         update = updates[f"{name}.weight"]
         layer.lora_A.copy_(update.A)
         layer.lora_B.copy_(update.B)
-        if layer.lora_magnitude_vector is not None and update.magnitude is not None:
-            layer.lora_magnitude_vector.copy_(update.magnitude)
+        for key, values in update.own.items():
+            getattr(layer, key).copy_(values)
 
 
 @dataclass(frozen=True)
 class Update:
-    """An adapter's update of one weight: A (rank, in), B (out, rank) and DoRA's magnitudes (out,), all in fp32."""
+    """An adapter's update of one weight: A (rank, in), B (out, rank) and its variant's own vectors, all in fp32."""
 
     A: Tensor
     B: Tensor
     scale: float
-    magnitude: Tensor | None = None
+    variant: LoRA
+    own: Mapping[str, Tensor]  # those of `variant.trained`: (out,)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """W0 + scale * B A in fp32. For DoRA, each row is rescaled to its magnitude. (out, in)"""
-        summed = weight.to(torch.float32, copy=True).addmm_(self.B, self.A, alpha=self.scale)
-        if self.magnitude is None:
-            return summed
-        length = torch.linalg.vector_norm(summed, dim=1, keepdim=True).clamp_min_(torch.finfo(summed.dtype).tiny)
-        return summed.mul_(self.magnitude[:, None] / length)
+        """W0 with this update, in fp32. (out, in)"""
+        return self.variant.merged(weight, self.A, self.B, self.scale, self.own)
 
 
 def read(
@@ -410,8 +412,7 @@ def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple
         out_features, in_features = shapes[f"{name}.weight"]
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, in_features)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (out_features, config.rank)
-        if config.dora:
-            expected[f"{PREFIX}{name}.lora_magnitude_vector"] = (out_features,)
+        expected |= {f"{PREFIX}{name}.{key}": (out_features,) for key in config.variant.trained}
     if not targets:
         raise AdapterError(
             f"{folder / CONFIG}: target_modules {list(config.target_modules)} match nothing in this model"
@@ -440,7 +441,8 @@ def read_updates(folder: Path, config: AdapterConfig, shapes: Mapping[str, tuple
             loaded[f"{name}.lora_A.weight"],
             loaded[f"{name}.lora_B.weight"],
             config.scale,
-            loaded.get(f"{name}.lora_magnitude_vector"),
+            config.variant,
+            {key: loaded[f"{name}.{key}"] for key in config.variant.trained},
         )
         for name in targets
     }

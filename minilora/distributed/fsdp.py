@@ -1,14 +1,18 @@
 """Shards a base with FSDP2: each process holds a part of each layer, and the whole layer is gathered for use."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from minilora.distributed.world import World
 from minilora.utils.device import map_large_blocks
+
+T = TypeVar("T")
+CALL = "call_gathered"  # the method of a sharded module that runs a function while its parameters are gathered
 
 
 def shard(model: Any, world: World, device: torch.device, dtype: torch.dtype) -> None:
@@ -43,8 +47,21 @@ def shard(model: Any, world: World, device: torch.device, dtype: torch.dtype) ->
         fully_shard(decoder, mesh=mesh, ignored_params=outside | adapters)  # it has no shards; it orders the gathering
         for param in outside:
             param.data = param.data.to(device, copy=True)  # a copy, so that the file of the base can leave memory
+    for module in (decoder, *decoder.layers):
+        setattr(module, CALL, _call)
+        register_fsdp_forward_method(module, CALL)
     nn.Module.to(model, device)  # moves the remaining whole tensors
     world.sharded = True
+
+
+def call_gathered(module: Any, function: Callable[..., T], *inputs: Any) -> T:
+    """function(*inputs), while the parameters of a sharded module are gathered; for a whole module only the call."""
+    run: Callable[..., T] = getattr(module, CALL, _call)
+    return run(function, *inputs)
+
+
+def _call(function: Callable[..., T], *inputs: Any) -> T:
+    return function(*inputs)
 
 
 def all_trained(model: nn.Module) -> bool:

@@ -20,11 +20,11 @@ from minilora.data.dataset import Dataset, tokenize
 from minilora.data.formats import Question, Row, question_of
 from minilora.data.report import MAX_PROBLEMS_SHOWN
 from minilora.data.rows import read_rows
-from minilora.decoder import head_weight, hidden_states, packed
 from minilora.errors import AdapterError, DivergedError, OutOfMemoryError
 from minilora.inference.generate import ChatModel, Sampling, answer_all, load_chat_model, progress
 from minilora.lora import disabled
 from minilora.loss import CHUNK_ROWS
+from minilora.models.families import decoder_of
 from minilora.models.load import find_model
 from minilora.models.trained import trained_system_prompt
 from minilora.utils import files
@@ -171,7 +171,8 @@ def score(model: Any, dataset: Dataset, what: str) -> Scores:
     """
     device = next(model.parameters()).device
     longest = int(max(dataset.lengths)) - 1
-    max_tokens = default_tokens(device.type, next(dataset.groups()), share_prefix=device.type == "cpu")
+    sizes = (model.config.intermediate_size, model.get_output_embeddings().weight.dtype)
+    max_tokens = default_tokens(device.type, next(dataset.groups()), device.type == "cpu", *sizes)
     problem = f"one example of {longest:,} tokens does not fit: give a smaller --max_length"
     (nats, correct, supervised), _ = halve_until_fits(
         lambda size: _totals(model, dataset, size, what), max_tokens, longest, device, problem
@@ -185,18 +186,17 @@ def score(model: Any, dataset: Dataset, what: str) -> Scores:
 @torch.no_grad()
 def _totals(model: Any, dataset: Dataset, max_tokens: int, what: str) -> tuple[float, int, int]:
     """(sum of nats, correct tokens, supervised tokens), as the training loop's evaluation cuts and computes them."""
-    device, dtype = next(model.parameters()).device, head_weight(model).dtype
+    device, dtype = next(model.parameters()).device, model.get_output_embeddings().weight.dtype
+    decoder = decoder_of(model.eval(), dtype, device.type)
     nats = torch.zeros((), device=device, dtype=torch.float64)
     correct = torch.zeros((), device=device, dtype=torch.int64)
     supervised = 0
-    with packed(model.eval()), progress(len(dataset), what) as bar:
+    with progress(len(dataset), what) as bar:
         for group in dataset.groups():
             for batch in micro_batches(group, max_tokens, share_prefix=device.type == "cpu"):
                 batch = batch.to(device)
                 with autocast(device, dtype):
-                    batch_nats, batch_correct = token_scores(
-                        hidden_states(model, batch), head_weight(model), batch.targets
-                    )
+                    batch_nats, batch_correct = token_scores(decoder(batch), decoder.head_weight, batch.targets)
                 nats += batch_nats
                 correct += batch_correct
                 supervised += len(batch.targets)

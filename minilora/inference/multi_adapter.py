@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -11,17 +12,18 @@ from minilora.adapters import format as adapter_format
 from minilora.errors import AdapterError
 from minilora.inference.generate import ChatModel, load_chat_model
 from minilora.lora import inject, lora_layers
+from minilora.lora_variants import DoRA
 from minilora.models.fingerprint import fingerprint
 from minilora.models.trained import adapter_system_prompt
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter in memory: its settings, its system prompt, and A, B, scale and DoRA's magnitudes by layer name."""
+    """An adapter in memory: its settings, its system prompt, and the attributes of each LoRALinear by layer name."""
 
     config: adapter_format.AdapterConfig
     system_prompt: str | None
-    values: dict[str, tuple[nn.Parameter, nn.Parameter, float, nn.Parameter | None]]
+    values: dict[str, dict[str, Any]]
 
 
 class Adapters:
@@ -56,11 +58,10 @@ class Adapters:
         values = {}
         for layer_name, layer in lora_layers(self.model).items():
             if update := updates.get(f"{layer_name}.weight"):
-                A, B = (nn.Parameter(part.to(layer.lora_A), requires_grad=False) for part in (update.A, update.B))
-                magnitude = update.magnitude
-                if magnitude is not None:
-                    magnitude = nn.Parameter(magnitude.to(layer.lora_A), requires_grad=False)
-                values[layer_name] = (A, B, update.scale, magnitude)
+                parts = {"lora_A": update.A, "lora_B": update.B, **update.own}
+                tensors = {key: nn.Parameter(part.to(layer.lora_A), requires_grad=False) for key, part in parts.items()}
+                others = dict.fromkeys(DoRA.trained)  # no magnitudes stay from the adapter before
+                values[layer_name] = {"scale": update.scale, "variant": update.variant, **others, **tensors}
         prompt = adapter_format.read_metadata(folder).get("system_prompt")
         self._loaded[name] = Loaded(config, prompt, values)
         self.use(name)
@@ -74,7 +75,8 @@ class Adapters:
         for layer_name, layer in lora_layers(self.model).items():
             layer.enabled = chosen is not None and layer_name in chosen.values
             if chosen is not None and layer.enabled:
-                layer.lora_A, layer.lora_B, layer.scale, layer.lora_magnitude_vector = chosen.values[layer_name]
+                for key, value in chosen.values[layer_name].items():
+                    setattr(layer, key, value)
         self.active = name
         return chosen
 

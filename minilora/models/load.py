@@ -3,19 +3,16 @@
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilora import attention
-from minilora.batching import collate
-from minilora.data.dataset import Example
-from minilora.decoder import head_weight, hidden_states, packed
 from minilora.errors import ConfigError, ModelError, UnsupportedModelError, first_line
+from minilora.models.families import NAMES, family_of
 from minilora.models.fingerprint import completed, fingerprint, fingerprint_of
 from minilora.models.quantize import quantise
 from minilora.utils import files
@@ -23,10 +20,8 @@ from minilora.utils.device import compile_cache_problem, keep_few_products
 
 HUB_TIMEOUT_S = 3.0
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]  # never *.bin or *.py
-FAMILIES = "Qwen2, Qwen2.5 and Qwen3"
 QUANTISED = ("quantization_config", "compression_config")  # parts of config.json that are not models
 PADS = ("<|endoftext|>", "<|fim_pad|>", "<|vision_pad|>", "<pad>", "<|pad|>", "[PAD]")  # the first known one is used
-KNOWN = ("qwen2", "qwen3", "llama")  # tests show that packing is exact for these; other types are checked at loading
 
 
 def find_model(name: str) -> Path:
@@ -60,7 +55,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     if parts := [key for key in parts if key not in QUANTISED]:
         raise UnsupportedModelError(
             f"{folder}: model type {config.get('model_type')} is not supported: its config.json describes several "
-            f"models ({', '.join(parts)}). minilora trains models of text only: {FAMILIES}. Give another --model."
+            f"models ({', '.join(parts)}). minilora trains models of text only: {NAMES}. Give another --model."
         )
     return config
 
@@ -183,7 +178,6 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     config_json, config = read_config_json(folder), _config(folder)
-    attention.register()
     keep_few_products()
     try:
         weight_files(folder)  # raises if the index names files outside the folder
@@ -212,8 +206,6 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
     model.requires_grad_(False)
     place = torch.device("cpu") if bits else device  # unquantised, the model may not fit on the device
     model = nn.Module.to(model, place).eval()
-    if config.model_type not in KNOWN:
-        _refuse_unlike(model)
     if bits:
         model.base_fingerprint = fingerprint(model)
         quantise(model, bits, device)
@@ -225,12 +217,32 @@ def num_layers(folder: Path) -> int:
     return _config(folder).num_hidden_layers
 
 
+def file_dtype(folder: Path) -> torch.dtype:
+    """float32 if config.json says that a model folder is in float32, else bfloat16."""
+    config = read_config_json(folder)
+    return torch.float32 if config.get("dtype", config.get("torch_dtype")) == "float32" else torch.bfloat16
+
+
+def weight_shapes(folder: Path) -> dict[tuple[int, int], int]:
+    """How many weight matrices of each shape (out, in) a model folder has, by its config.json; the head counts once."""
+    config = _config(folder)
+    hidden, ffn, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    per_layer = [(query, hidden), (key, hidden), (key, hidden), (hidden, query), (ffn, hidden), (ffn, hidden)]
+    return Counter([*per_layer, (hidden, ffn)] * layers + [(config.vocab_size, hidden)])
+
+
+def ffn_width(folder: Path) -> int:
+    """The intermediate_size of a model folder. Raises ModelError if minilora cannot train it exactly."""
+    return _config(folder).intermediate_size
+
+
 def empty_model(folder: Path, dtype: torch.dtype, layers: int) -> Any:
     """The model of a folder with only `layers` layers, on the meta device: it has shapes and no weights."""
     from transformers import AutoModelForCausalLM
 
     config = _config(folder)
-    attention.register()
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
@@ -252,55 +264,8 @@ def _config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
-    _refuse_inexact(config)
+    family_of(config)  # raises where the decoder would compute another function than the model
     return config
-
-
-def _refuse_inexact(config: Any) -> None:
-    """Refuse a model without full causal attention: packed attention would compute another function than the model."""
-    kind = f"model type {config.model_type}"
-    if getattr(config, "quantization_config", None):
-        where = config.name_or_path
-        raise UnsupportedModelError(
-            f"{where}: its weights are quantised. Give the original model as --model, with --load_in_4bit."
-        )
-    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if others:
-        raise UnsupportedModelError(
-            f"{kind}: layers of type {', '.join(sorted(others))} are not supported: minilora trains only attention to "
-            "all earlier tokens. Give another --model."
-        )
-    if window := getattr(config, "sliding_window", None):
-        raise UnsupportedModelError(
-            f"{kind}: its sliding_window of {window:,} tokens is not supported: minilora trains only attention to "
-            "all earlier tokens. Give another --model."
-        )
-    if getattr(config, "attention_dropout", 0.0):
-        raise UnsupportedModelError(f"{kind}: attention_dropout is set; it is not supported.")
-
-
-@torch.no_grad()
-def _refuse_unlike(model: Any) -> None:
-    """Compare the logits of two short examples, packed and separate. Raises ModelError if they are not the same."""
-    kind, head = f"model type {model.config.model_type}", head_weight(model)
-    ids = np.random.default_rng(0).integers(0, len(head), (2, 16)).astype(np.int32)
-    examples = [Example(row[:length], row[:length]) for row, length in zip(ids, (16, 9), strict=True)]
-    alone = [torch.tensor(example.input_ids[None, :-1].astype(np.int64), device=head.device) for example in examples]
-    expected = torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in alone]).float()
-    try:
-        with packed(model):
-            found = (hidden_states(model, collate(examples).to(head.device)) @ head.T).float()
-    except Exception as error:
-        why = first_line(error)
-        raise UnsupportedModelError(
-            f"{kind}: it does not run on packed examples ({why}). Give another --model."
-        ) from error
-    difference, allowed = float((found - expected).abs().max()), 1e-3 if head.dtype == torch.float32 else 5e-2
-    if not difference <= allowed * float(expected.abs().max()):
-        raise UnsupportedModelError(
-            f"{kind}: packed examples give other logits than separate examples (by up to {difference:.2g}). minilora "
-            "does not know a part of this model. Give another --model."
-        )
 
 
 def folder_fingerprint(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from minilora.data.formats import Turn
 from minilora.data.markup import ChatMarkup
-from minilora.decoder import head_weight
 from minilora.distributed.fsdp import all_trained
-from minilora.distributed.world import local_part
+from minilora.distributed.world import gathered, local_part
 
 
 @torch.no_grad()
@@ -26,7 +25,8 @@ def logits_of_shards(model: Any, ids: Sequence[int], dtype: torch.dtype) -> Tens
     model.eval()
     tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
     hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    return F.linear(hidden, head_weight(model).to(hidden.dtype)).float().cpu()
+    head = gathered(model.get_output_embeddings().weight)
+    return F.linear(hidden, head.to(hidden.dtype)).float().cpu()
 
 
 @torch.no_grad()

@@ -6,18 +6,13 @@ import torch
 from torch import nn
 
 from minilora.config import TrainConfig
-from minilora.decoder import speed_up
 from minilora.errors import ConfigError
 from minilora.lora import inject, lora_layers
-from minilora.lora_variants import main_directions
+from minilora.lora_variants import PiSSA
 
 
-def make_trainable(model: Any, config: TrainConfig, checkpointing: bool, preserve_rng_state: bool = True) -> None:
-    """Add adapters to a base or enable all its weights, and replace modules by minilora's faster forms.
-
-    checkpointing: recompute activations in the backward pass
-    preserve_rng_state: recompute them with the same random numbers
-    """
+def make_trainable(model: Any, config: TrainConfig) -> None:
+    """Put adapters around the layers of a base, or enable all its weights."""
     if config.method == "lora":
         shape = (config.lora_r, config.lora_alpha, config.lora_dropout, config.use_rslora)
         inject(model, config.target_modules, *shape, seed=config.seed, dora=config.use_dora)
@@ -25,10 +20,6 @@ def make_trainable(model: Any, config: TrainConfig, checkpointing: bool, preserv
             start_at_main_directions(model, config.seed)
     else:
         model.requires_grad_(True)
-    speed_up(model, config.torch_compile)
-    if checkpointing:  # transformers 5.2x renamed its method
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "preserve_rng_state": preserve_rng_state})
 
 
 def in_words(config: TrainConfig) -> str:
@@ -47,18 +38,17 @@ def in_words(config: TrainConfig) -> str:
     return f"{shape} on {', '.join(config.target_modules)}{held}"
 
 
-@torch.no_grad()
 def start_at_main_directions(model: nn.Module, seed: int) -> None:
     """PiSSA: initialise A and B with the largest singular directions of their weight, and keep a copy of this start.
 
     W0 does not change. Raises ConfigError if the rank is larger than a dimension of a weight.
     """
+    pissa = PiSSA()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for name, layer in lora_layers(model).items():
             rank, most = len(layer.lora_A), min(layer.base_layer.weight.shape)
             if rank > most:
                 raise ConfigError(f"init_lora_weights = 'pissa': {name} has {most} directions, lora_r is {rank}.")
-            layer.lora_A0, layer.lora_B0 = main_directions(layer.base_layer.weight, rank, layer.scale)
-            layer.lora_A.copy_(layer.lora_A0)
-            layer.lora_B.copy_(layer.lora_B0)
+            pissa.initialise(layer)
+            layer.variant = layer.variant.starting_at(pissa)

@@ -198,18 +198,22 @@ def device(asked: Asked) -> Iterator[Finding]:
         yield Finding("ok", "device", f"{named}; torch for CUDA {build}, driver for {driver[0]}.{driver[1]}")
 
 
-def bf16(asked: Asked) -> Iterator[Finding]:
-    """Check that the device supports bfloat16."""
+def arithmetic(asked: Asked) -> Iterator[Finding]:
+    """Report what `dtype auto` takes: a card has bfloat16 or not, a CPU is measured with the shapes of a 0.5B Qwen."""
     import torch
 
+    from minilora.training.arithmetic import EXAMPLE_SHAPES, chosen, measure
     from minilora.utils.device import pick_device, pick_dtype
 
     place = pick_device("auto")
-    if pick_dtype("auto", place) == torch.bfloat16:
-        yield Finding("ok", "bf16", f"{place.type} supports bfloat16")
+    if place.type == "cpu":
+        words = chosen(measure(EXAMPLE_SHAPES), float32_fits=lambda: True).in_words
+        yield Finding("ok", "arithmetic", f"dtype auto takes {words}")
+    elif pick_dtype("auto", place) == torch.bfloat16:
+        yield Finding("ok", "arithmetic", f"{place.type} supports bfloat16")
     else:
-        fix = "none; NVIDIA cards since Ampere and CPUs with avx512_bf16 support it"
-        yield Finding("note", "bf16", f"{place.type} has no bfloat16; float32 is slower and twice as large", fix)
+        what = f"{place.type} has no bfloat16; float32 is slower and twice as large"
+        yield Finding("note", "arithmetic", what, "none; NVIDIA cards since Ampere support it")
 
 
 def bitsandbytes(asked: Asked) -> Iterator[Finding]:
@@ -421,5 +425,5 @@ def misplaced(folder: Path) -> list[str]:
 
 
 CHECKS: tuple[Callable[[Asked], Iterator[Finding]], ...] = (
-    *(python, packages, device, compile_cache, bf16, bitsandbytes, output, cache, hub, tokenizer, weights),
+    *(python, packages, device, compile_cache, arithmetic, bitsandbytes, output, cache, hub, tokenizer, weights),
 )

@@ -18,8 +18,9 @@ from minilora.data.dataset import Dataset, Example, make_columns, of_file
 from minilora.data.markup import ChatMarkup
 from minilora.data.sampler import Schedule
 from minilora.errors import ConfigError
-from minilora.models.load import load_tokenizer, num_layers
-from minilora.training.memory_estimate import USABLE, Memory, Setup, along, fitting_cut, largest_batch, predict
+from minilora.models.load import ffn_width, load_tokenizer, num_layers
+from minilora.training.arithmetic import Arithmetic, choose
+from minilora.training.memory_estimate import USABLE, Choice, Memory, Setup, along, fitting_cut, largest_batch, predict
 from minilora.training.setup import longest_allowed, schedule_of
 from minilora.utils.device import device_name, free_bytes, gib, memory_bytes, pick_device, pick_dtype
 from minilora.utils.terminal import say
@@ -73,7 +74,7 @@ class Place:
 
     name: str
     device_type: str  # cpu | cuda
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the products, unless they are measured
     in_use: float
     usable: float
 
@@ -98,20 +99,36 @@ def plan(config: TrainConfig, card: str | None) -> None:
     base_folder = find_base(config.model, config.adapter)
     sets, about_rows = rows_of(config)
     dataset, schedule = sets.train, schedule_of(config, sets)
-    setup = Setup(config, base_folder, place.dtype, place.device_type, bool(config.gradient_checkpointing))
     first_step = [dataset[i] for i in schedule.examples_of(0)]
-    most = default_tokens(place.device_type, first_step, shares_prefix(config, place.device_type))
+    share, ffn = shares_prefix(config, place.device_type), ffn_width(base_folder)
+    most = default_tokens(place.device_type, first_step, share, ffn, place.dtype)
     asked = config.max_tokens_per_micro_batch if config.packing else 1
     asked = asked or (most if place.device_type == "cpu" else 0)
-    choice = fitting_cut(setup, dataset, schedule, asked, most, place.usable - place.in_use)
+
+    def setup_in(arithmetic: Arithmetic) -> Setup:
+        base_dtype = None if config.method == "full" else arithmetic.base_dtype  # the table has LoRA, too
+        checkpointing = bool(config.gradient_checkpointing)
+        return Setup(config, base_folder, arithmetic.dtype, place.device_type, checkpointing, base_dtype=base_dtype)
+
+    def cut_for(setup: Setup) -> Choice:
+        return fitting_cut(setup, dataset, schedule, asked, most, place.usable - place.in_use)
+
+    def float32_fits() -> bool:
+        memory = cut_for(setup_in(Arithmetic(torch.float32, torch.float32))).memory
+        return memory is not None and memory.total <= place.usable - place.in_use
+
+    arithmetic = Arithmetic(place.dtype, place.dtype)
+    if card is None:
+        arithmetic = choose(config, base_folder, pick_device(config.device), float32_fits)
+    setup = setup_in(arithmetic)
+    choice = cut_for(setup)
     assert choice.memory is not None, "a prediction that fails is an error here"
     setup = dataclasses.replace(setup, checkpointing=choice.checkpointing)
     if place.device_type == "cpu":  # a run loads the same as reading and counting
         place = dataclasses.replace(place, in_use=memory_bytes(torch.device("cpu")))
 
     batch = largest_batch(setup, dataset, schedule, choice.max_tokens)
-    dtype = str(place.dtype).removeprefix("torch.")
-    say("model", f"{config.model}: {num_layers(base_folder)} layers, matrix products in {dtype}")
+    say("model", f"{config.model}: {num_layers(base_folder)} layers, {arithmetic.in_words}")
     say("rows", about_rows)
     size = f"micro-batches of up to {choice.max_tokens:,} tokens" if config.packing else "one example a micro-batch"
     say("setting", f"method {config.method}, {size}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minilora.config import FIELDS
 from minilora.distributed.world import collect, full_tensor, sharded_like
 from minilora.errors import CheckpointError, StorageError
+from minilora.lora_variants import PiSSA
 from minilora.utils import files
 
 SCHEMA = 1
@@ -131,7 +132,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def starts(model: nn.Module) -> dict[str, Tensor]:
     """The frozen initial values of PiSSA adapters, by name. They are saved because machines round them differently."""
-    return {name: buffer for name, buffer in model.named_buffers() if name.endswith((".lora_A0", ".lora_B0"))}
+    return {name: buffer for name, buffer in model.named_buffers() if name.rpartition(".")[2] in PiSSA.frozen}
 
 
 def checkpoint_path(run: Path, step: int) -> Path:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from minilora.decoder import speed_up
 from minilora.errors import StoppedError
 from minilora.inference.generate import ChatModel, sample_answers
 from minilora.models.probe import SAMPLE_PROMPTS, logits_of_shards, probe, probe_logits
@@ -68,12 +67,11 @@ def finish(run: Run, stop_reason: str) -> Summary:
 def _logits_as_saved(run: Run) -> torch.Tensor:
     """The logits of the probe from the trained model, with its weights rounded as saved. (tokens, vocabulary)"""
     ids = probe(run.markup, run.system_prompt)
-    speed_up(run.model)  # uncompiled, as a fresh base is: compiled kernels round in another way
     if run.world.sharded:
-        return logits_of_shards(run.model, ids, run.dtype)
+        return logits_of_shards(run.model, ids, run.result_dtype)
     if run.config.method == "full":  # but not the rotary buffers, which a loaded model has in fp32
         for param in run.model.parameters():
-            param.data = param.data.to(run.dtype)
+            param.data = param.data.to(run.result_dtype)
     return probe_logits(run.model, ids)
 
 
@@ -86,7 +84,7 @@ def _verify(
     ids = probe(run.markup, run.system_prompt)
     run.release()  # a card may not have memory for two bases
     place = torch.device("cpu") if run.world.sharded else run.device  # nor for one, if the base is sharded
-    base, apply = reload(run.base_folder, result, method, run.dtype, place, run.config.base_bits)
+    base, apply = reload(run.base_folder, result, method, run.result_dtype, place, run.config.base_bits)
     before = sample_answers(ChatModel(base, run.tokenizer, run.markup, run.system_prompt))
     tuned = apply()
     assert reference is not None, "the process that writes has the reference"

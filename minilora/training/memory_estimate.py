@@ -1,13 +1,13 @@
 """The prediction of the memory of a run before its start: one optimizer step runs on fake tensors.
 
-The step runs with 2 layers and with 3 layers, which takes a second or less. The first layer differs from the others
-(nothing below it needs a gradient). The others are equal, so each further layer adds as much as the third did.
+The step runs with 3 layers and with 4 layers, which takes a second or less. The first layer differs from the others
+(nothing below it needs a gradient), and so does the last (only supervised rows go through all of it). The others are
+equal, so each further layer adds as much as the fourth did.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,17 @@ from minilora.batching import Batch, collate, micro_batches, shares_prefix
 from minilora.config import TrainConfig
 from minilora.data.dataset import Dataset
 from minilora.data.sampler import Schedule
-from minilora.decoder import head_weight, hidden_states, packed
+from minilora.decoder import Decoder, once, recomputed
 from minilora.errors import MiniloraError, first_line
-from minilora.loss import token_loss
+from minilora.models.families import family_of
 from minilora.models.load import empty_model, num_layers
 from minilora.models.trainable import make_trainable
+from minilora.objectives.sft import SFT
 from minilora.optim import make_optimizer
-from minilora.training.memory_trace import Watch, as_on, to_fake
+from minilora.training.memory_trace import Watch, autograd_unchanged, policy_as_on, to_fake
 from minilora.utils.device import autocast, gib
 
-LAYERS = (2, 3)
+LAYERS = (3, 4)
 PHASES = ("forward", "loss", "loss's backward", "backward", "first layer's backward", "update")  # each has its peak
 STEPS_SEARCHED = 64  # for the largest micro-batch
 GATHERED = 3  # full layers that a process holds: the current one, its receive buffer, and the previous one
@@ -50,6 +51,7 @@ class Setup:
     device_type: str
     checkpointing: bool
     shards: int = 1  # number of processes that split the parameters (--fsdp)
+    base_dtype: torch.dtype | None = None  # of the base in memory; None: that of the products
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,10 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
     Gradients and moments exist from the start, as in all micro-batches except the first one of a run.
     """
     config, full = dataclasses.replace(setup.config, torch_compile=False), setup.config.method == "full"
-    model = empty_model(setup.base_folder, torch.float32 if full else setup.dtype, layers)
-    make_trainable(model, config, setup.checkpointing, preserve_rng_state=False)  # fake tensors draw no numbers
+    model = empty_model(setup.base_folder, torch.float32 if full else setup.base_dtype or setup.dtype, layers)
+    make_trainable(model, config)
     model.train()
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(), as_on(setup.device_type):
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(), autograd_unchanged():
         to_fake(model)
         fakes: dict[str, Any] = {
             name: torch.empty(value.shape, dtype=value.dtype) for name, value in tensors_of(batch).items()
@@ -118,12 +120,18 @@ def step_memory(setup: Setup, batch: Batch, layers: int) -> Memory:
         moments = [value for state in optimizer.state.values() for value in state.values()]
         gradients = [param.grad for param in trained if param.grad is not None]
         existing = [*model.parameters(), *model.buffers(), *moments, *gradients, *fakes.values()]
-        with packed(model), Watch(existing) as watch, marked_at_first_layer(model, watch):
+        with Watch(existing) as watch:
+            decoder = MarkedDecoder(
+                model,
+                family_of(model.config),
+                policy_as_on(setup.device_type),
+                recomputed(preserve_rng_state=False) if setup.checkpointing else once,  # fake tensors draw no numbers
+                config.neftune_noise_alpha,
+                setup.dtype,
+                watch=watch,
+            )
             with autocast(torch.device("cpu"), setup.dtype):
-                hidden = hidden_states(model, batch, config.neftune_noise_alpha)
-                hidden.register_hook(lambda _: watch.mark())
-                watch.mark()
-                nats = token_loss(hidden, head_weight(model), batch.targets)
+                nats = SFT().loss(decoder, batch)
             saved = watch.alive_bytes
             watch.mark()
             (nats / len(batch.targets)).backward()
@@ -183,19 +191,28 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-@contextmanager
-def marked_at_first_layer(model: Any, watch: Watch) -> Iterator[None]:
-    """Inside, a new phase begins when the backward pass reaches layer 0; its peak does not grow with the layers."""
+@dataclass(kw_only=True)
+class MarkedDecoder(Decoder):
+    """A decoder that begins a new phase of `watch` after its forward pass, and when the backward pass reaches it.
 
-    def at_output(_: Any, __: Any, output: Any) -> None:
-        hidden = output if isinstance(output, Tensor) else output[0]
-        hidden.register_hook(lambda _: watch.mark())
+    The backward pass of layer 0 is a phase of its own, whose peak does not grow with the number of layers.
+    """
 
-    handle = model.get_decoder().layers[0].register_forward_hook(at_output)
-    try:
-        yield
-    finally:
-        handle.remove()
+    watch: Watch
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Final hidden states at the supervised positions of a packed batch. (S, hidden)"""
+        hidden = super().__call__(batch)
+        hidden.register_hook(lambda _: self.watch.mark())
+        self.watch.mark()
+        return hidden
+
+    def layer(self, layer: Any, *inputs: Any) -> Tensor:
+        """One decoder layer. (T, hidden) -> (T, hidden), or (S', hidden) in the last layer"""
+        hidden = super().layer(layer, *inputs)
+        if layer is self.model.get_decoder().layers[0]:
+            hidden.register_hook(lambda _: self.watch.mark())
+        return hidden
 
 
 def predict_for(setup: Setup, dataset: Dataset, schedule: Schedule, max_tokens: int) -> Memory:

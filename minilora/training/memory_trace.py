@@ -4,12 +4,11 @@ Fake tensors of torch have shapes but no numbers. A step of any model runs in se
 same figures on every machine. Memory that a kernel allocates and frees before it returns is not counted.
 """
 
-import functools
 import traceback
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minilora import attention, decoder, lora, loss
-from minilora.attention import Layout
+from minilora.kernels import Policy
 
 FORWARD_ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
 BACKWARD_ATTENTION = tuple(f"{name}_backward" for name in FORWARD_ATTENTION)
@@ -112,43 +110,26 @@ def to_fake(model: nn.Module) -> None:
                 setattr(module, name, fakes.setdefault(id(tensor), fake))
 
 
-@contextmanager
-def as_on(device_type: str) -> Iterator[None]:
-    """Inside, fake tensors on the CPU run the code that real tensors run on `device_type`: cpu or cuda.
+def policy_as_on(device_type: str) -> Policy:
+    """The policy under which fake tensors on the CPU run the code that real tensors run on `device_type`: cpu or cuda.
 
-    Fake CUDA tensors need a CUDA build of torch. So this function replaces every function that looks at the device. On
-    the CPU only dropout differs: the number of dropped elements is the expected number, not a random one.
+    Fake CUDA tensors need a CUDA build of torch. On the CPU only dropout differs from a real step: the number of
+    dropped elements is the expected number, not a random one.
     """
-    caches = {"_varlen_layout": attention._varlen_layout, "_key_order": attention._key_order}
-    own = {name: functools.lru_cache(maxsize=2)(cached.__wrapped__) for name, cached in caches.items()}
-    with ExitStack() as held:
-        held.enter_context(patched(attention, **own))  # no fake tensor enters the real caches
-        if device_type == "cpu":
-            held.enter_context(patched(lora, draw_dropped=expected_positions))
-        else:
-            held.enter_context(patched(lora, draw_dropped=dropped_mask))
-            held.enter_context(patched(loss, WIDE_ROWS=dict.fromkeys(loss.WIDE_ROWS, loss.WIDE_ROWS["cuda"])))
-            held.enter_context(patched(decoder, packed_attention=varlen))
-        try:
-            yield
-        except BaseException as error:
-            # In torch 2.11 the saved-tensor hooks of a failed checkpoint stay active as long as its frame lives. An
-            # error that is kept would therefore break the backward passes of the training.
-            traceback.clear_frames(error.__traceback__)
-            raise
+    return Policy(device_type, draw=expected_positions if device_type == "cpu" else dropped_mask)
 
 
 @contextmanager
-def patched(module: Any, **values: Any) -> Iterator[None]:
-    """Inside, these names of the module have these values. Raises AttributeError for a name that does not exist."""
-    before = {name: getattr(module, name) for name in values}
+def autograd_unchanged() -> Iterator[None]:
+    """Inside, an error that is kept does not change later backward passes.
+
+    In torch 2.11 the saved-tensor hooks of a failed checkpoint stay active as long as its frame lives.
+    """
     try:
-        for name, value in values.items():
-            setattr(module, name, value)
         yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def expected_positions(x: Tensor, dropout: float) -> Tensor:
@@ -159,21 +140,3 @@ def expected_positions(x: Tensor, dropout: float) -> Tensor:
 def dropped_mask(x: Tensor, dropout: float) -> Tensor:
     """The dropped elements as on CUDA: a mask with the shape of x."""
     return torch.empty_like(x, dtype=torch.bool).bernoulli_(dropout)
-
-
-def varlen(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: None,
-    scaling: float | None = None,
-    layout: Layout | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """`attention.packed_attention` with the kernel that it chooses on CUDA."""
-    assert layout is not None, "packed examples carry their layout"
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.dtype in (torch.bfloat16, torch.float16):
-        return attention._varlen(query, key, value, layout, scale), None
-    return attention.plain_attention(query, key, value, layout, scale), None

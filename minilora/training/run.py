@@ -19,8 +19,12 @@ from minilora.data.build import Sets
 from minilora.data.dataset import Example
 from minilora.data.markup import ChatMarkup
 from minilora.data.sampler import Schedule
+from minilora.decoder import Decoder
 from minilora.distributed.world import World
+from minilora.models.load import file_dtype
 from minilora.models.trained import common_system_prompt
+from minilora.objectives import Objective
+from minilora.training.arithmetic import Arithmetic, is_measured
 from minilora.training.checkpoint import Identity, TrainState
 from minilora.training.log import NullLog, RunLog
 from minilora.training.signals import StopRequest
@@ -35,10 +39,12 @@ class Run:
     folder: Path
     base_folder: Path
     device: torch.device
-    dtype: torch.dtype  # of the matrix products
+    arithmetic: Arithmetic
     tokenizer: Any
     markup: ChatMarkup
     model: Any
+    decoder: Decoder  # its training forward
+    objective: Objective
     optimizer: torch.optim.Optimizer
     data: Sets
     schedule: Schedule
@@ -52,6 +58,21 @@ class Run:
     saved_step: int = -1  # the step of the newest checkpoint that this run wrote or was resumed from; -1: none
     saved_result: Path | None = None  # the adapter or model, when the run is over
     before_skipped: TrainState | None = None  # the state before the first of several skipped steps
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the matrix products."""
+        return self.arithmetic.dtype
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype of the base under an adapter, or of a fully trained model.
+
+        Where the products are measured, their speed does not change the file: a model keeps the dtype of its base.
+        """
+        if self.config.method == "lora":
+            return self.arithmetic.base_dtype
+        return file_dtype(self.base_folder) if is_measured(self.config, self.device) else self.dtype
 
     def autocast(self) -> AbstractContextManager[Any]:
         """bf16 matrix products where the run computes in bf16."""
@@ -111,6 +132,6 @@ class Run:
 
     def release(self) -> None:
         """Free the memory of model and optimizer; after that the run can only be reported."""
-        del self.model, self.optimizer
+        del self.model, self.decoder, self.optimizer
         gc.collect()
         trim_heap(self.device)

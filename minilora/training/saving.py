@@ -101,20 +101,13 @@ def compare(reference: torch.Tensor, reloaded: nn.Module, ids: list[int], result
     return difference
 
 
-def record_step(
+def step_record(
     run: Run, loss: float, grad_norm: float, rate: float, num_tokens: int, num_supervised: int, seconds: float
 ) -> dict[str, Any]:
-    """Count a step in run.state, and return its record for metrics.jsonl."""
-    state = run.state
-    state.step += 1
-    state.tokens += num_tokens
-    state.supervised_tokens += num_supervised
-    state.seconds += seconds
-    state.last_loss = loss if math.isfinite(loss) else state.last_loss
-    state.first_loss = state.last_loss if state.first_loss is None else state.first_loss
+    """The record of the step that run.state has just counted, for metrics.jsonl."""
     return {
-        "step": state.step,
-        "epoch": state.step / run.schedule.steps_per_epoch,
+        "step": run.state.step,
+        "epoch": run.state.step / run.schedule.steps_per_epoch,
         "loss": loss if math.isfinite(loss) else None,
         "learning_rate": rate,
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
@@ -123,6 +116,7 @@ def record_step(
         "tokens_per_second": num_tokens / seconds,
         "peak_memory_bytes": peak_memory_bytes(run.device),
         "time": time.time(),
+        **run.objective.metrics(),
     }
 
 
@@ -209,7 +203,7 @@ def save_result(run: Run, folder: Path) -> None:
     if run.config.method == "full":
         run.world.run_on_main(
             lambda: save_model(
-                folder, run.model, run.tokenizer, run.dtype, run.base_folder, run.system_prompt, run.state.step
+                folder, run.model, run.tokenizer, run.result_dtype, run.base_folder, run.system_prompt, run.state.step
             ),
             lambda: take_part(run.model),
         )

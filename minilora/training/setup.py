@@ -18,19 +18,24 @@ from minilora.data.dataset import Dataset
 from minilora.data.markup import ChatMarkup
 from minilora.data.report import data_record, describe_data
 from minilora.data.sampler import Schedule, make_schedule
-from minilora.decoder import hidden_states, packed
+from minilora.decoder import Decoder
 from minilora.distributed.fsdp import shard
 from minilora.distributed.world import World, join
 from minilora.errors import ConfigError, OutOfMemoryError, first_line
+from minilora.models.families import decoder_of
 from minilora.models.fingerprint import fingerprint
-from minilora.models.load import load_model, load_tokenizer
+from minilora.models.load import ffn_width, load_model, load_tokenizer
 from minilora.models.quantize import num_elements
 from minilora.models.trainable import in_words, make_trainable
+from minilora.objectives import Objective
+from minilora.objectives.sft import SFT
 from minilora.optim import make_optimizer
+from minilora.training import arithmetic as arithmetics
 from minilora.training import checkpoint
+from minilora.training.arithmetic import Arithmetic
 from minilora.training.checkpoint import Identity, TrainState
 from minilora.training.log import RunLog, check_board, marked_example, versions
-from minilora.training.memory_estimate import Choice, Setup, choose_cut
+from minilora.training.memory_estimate import USABLE, Choice, Setup, choose_cut
 from minilora.training.run import Run
 from minilora.training.rundir import CONFIG, lasting_settings, lock_run_dir, resolve_run_dir
 from minilora.training.signals import StopRequest
@@ -44,7 +49,6 @@ from minilora.utils.device import (
     memory_bytes,
     peak_memory_bytes,
     pick_device,
-    pick_dtype,
     why_cpu,
 )
 from minilora.utils.terminal import say
@@ -68,7 +72,6 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
     _check_before_reading(config, world)
     sources = read_sources(config)
     device = world.connect(pick_device(world.device_name(config.device)))
-    dtype = pick_dtype(config.dtype, device)
     base_folder = find_base(config.model, config.adapter)
     folder, resumed_from, notes = _claim(config, world, held)
     first_adapter = None if resumed_from else adapter_to_go_on(config)
@@ -78,16 +81,33 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
     schedule = schedule_of(config, sets, world.size)
 
     shards = world.size if config.fsdp else 1
-    setup = Setup(config, base_folder, dtype, device.type, bool(config.gradient_checkpointing), shards)
-    choice = _choose_cut(setup, sets.train, schedule, device, resumed_from, world)
+    cut = (sets.train, schedule, device, resumed_from, world)
+
+    def setup_in(arithmetic: Arithmetic) -> Setup:
+        checkpointing, dtypes = bool(config.gradient_checkpointing), (arithmetic.dtype, arithmetic.base_dtype)
+        return Setup(config, base_folder, dtypes[0], device.type, checkpointing, shards, dtypes[1])
+
+    def float32_fits() -> bool:
+        memory = _choose_cut(setup_in(Arithmetic(torch.float32, torch.float32)), *cut).memory
+        return memory is not None and memory.total * world.size <= free_bytes(device) * USABLE
+
+    run_before = folder if resumed_from else None
+    arithmetic = arithmetics.from_json(
+        world.run_on_main(
+            lambda: arithmetics.as_json(arithmetics.choose(config, base_folder, device, float32_fits, run_before))
+        )
+    )
+    setup = setup_in(arithmetic)
+    choice = _choose_cut(setup, *cut)
     before_loading = memory_bytes(device)
-    model, base_fingerprint = _trainable_model(setup, choice.checkpointing, first_adapter, device, world)
+    model, base_fingerprint = _trainable_model(setup, first_adapter, device, world)
+    decoder, objective = decoder_of(model, arithmetic.dtype, device.type, config, choice.checkpointing), SFT()
     optimizer = make_optimizer(model, config.weight_decay, config.loraplus_lr_ratio)
     if config.torch_compile:
-        _compile_kernels(model, sets.train, device, dtype, stop, header and world.main)
+        _compile_kernels(decoder, objective, sets.train, device, stop, header and world.main)
 
     identity = Identity(lasting_settings(config), base_fingerprint, sources.sha256, versions(), world.size)
-    agree(world, identity, dtype, device)
+    agree(world, identity, arithmetic, device)
     state = TrainState() if resumed_from is None else checkpoint.load(resumed_from, model, optimizer, identity)
     if state.asked_tokens != choice.max_tokens:  # changed settings go before the saved ones
         state.asked_tokens = state.max_tokens = choice.max_tokens
@@ -97,10 +117,12 @@ def _prepare(config: TrainConfig, world: World, stop: StopRequest, held: ExitSta
         folder=folder,
         base_folder=base_folder,
         device=device,
-        dtype=dtype,
+        arithmetic=arithmetic,
         tokenizer=tokenizer,
         markup=markup,
         model=model,
+        decoder=decoder,
+        objective=objective,
         optimizer=optimizer,
         data=sets,
         schedule=schedule,
@@ -131,7 +153,8 @@ def _check_before_reading(config: TrainConfig, world: World) -> None:
 
 def _open_log(run: Run, held: ExitStack) -> RunLog:
     """Write config.json and open the log of the process that writes."""
-    description = dataclasses.asdict(run.identity) | {"device": device_name(run.device), "dtype": str(run.dtype)}
+    description = dataclasses.asdict(run.identity) | {"device": device_name(run.device)}
+    description |= {"dtype": str(run.dtype), "base_dtype": str(run.arithmetic.base_dtype)}
     description["data"] = [data_record(report) for report in run.data.reports]
     files.replace_file(run.folder / CONFIG, files.json_chunks(description))
     steps = (run.state.step, run.saved_step, run.schedule.num_steps)
@@ -158,12 +181,12 @@ def _claim(config: TrainConfig, world: World, held: ExitStack) -> tuple[Path, Pa
     return Path(folder), Path(found) if found else None, notes
 
 
-def agree(world: World, identity: Identity, dtype: torch.dtype, device: torch.device) -> None:
+def agree(world: World, identity: Identity, arithmetic: Arithmetic, device: torch.device) -> None:
     """Raise ConfigError when the processes of a run have different settings, or do not read the same files."""
     places = ("model", "train_file", "eval_file", "adapter", "output_dir", "resume")  # may differ between machines
     own = {key: value for key, value in identity.config.items() if key not in places}
     own |= {"the base model": identity.base_fingerprint, "the rows": identity.dataset_sha256}
-    own |= {"the type of the matrix products": str(dtype), "the kind of device": device.type}
+    own |= {"the type of the matrix products": str(arithmetic.dtype), "the kind of device": device.type}
     everyone = world.exchange(own)
     for rank, theirs in enumerate(everyone):
         if odd := [key for key in own if theirs.get(key) != everyone[0].get(key)]:
@@ -183,46 +206,49 @@ def longest_allowed(config: TrainConfig, base_folder: Path, notes: list[str]) ->
     return positions
 
 
-def _trainable_model(
-    setup: Setup, checkpointing: bool, first_adapter: Path | None, device: torch.device, world: World
-) -> tuple[Any, str]:
+def _trainable_model(setup: Setup, first_adapter: Path | None, device: torch.device, world: World) -> tuple[Any, str]:
     """(the base with what is trained in it, the base's fingerprint); method full trains fp32 masters.
 
     first_adapter: the run begins with the values of this adapter
     """
-    config, dtype = setup.config, setup.dtype
+    config = setup.config
     place = torch.device("cpu") if config.fsdp else device  # it may be larger than one device
-    loaded_as = torch.float32 if config.method == "full" else dtype
-    model: Any = load_model(setup.base_folder, loaded_as, place, config.base_bits)
+    model: Any = load_model(setup.base_folder, setup.base_dtype or setup.dtype, place, config.base_bits)
     base_fingerprint = fingerprint(model)
     if first_adapter is None:
-        make_trainable(model, config, checkpointing)
+        make_trainable(model, config)
     else:
         _, updates = adapter_format.read(model, first_adapter, base_fingerprint, allow_other_base=None)
-        make_trainable(model, config, checkpointing)
+        make_trainable(model, config)
         adapter_format.fill(model, updates)
     if config.fsdp:
-        shard(model, world, device, dtype)
+        shard(model, world, device, setup.dtype)
     return model, base_fingerprint
 
 
 def _compile_kernels(
-    model: Any, train_set: Dataset, device: torch.device, dtype: torch.dtype, stop: StopRequest, announce: bool
+    decoder: Decoder,
+    objective: Objective,
+    train_set: Dataset,
+    device: torch.device,
+    stop: StopRequest,
+    announce: bool,
 ) -> None:
     """Have torch.compile make its kernels before the first step. Raises ConfigError where it cannot."""
     if announce:
         say("compiling", "norms, SwiGLU and rotary embedding; later runs find them ready")
     batch = collate([train_set[int(train_set.lengths.argmin())]]).to(device)
     try:
-        with packed(model.train()), autocast(device, dtype):
-            hidden_states(model, batch).sum().backward()
+        decoder.model.train()
+        with autocast(device, decoder.dtype):
+            objective.loss(decoder, batch).backward()
     except Exception as error:  # no compiler, a broken one, a cache that cannot be written: each its own class
         stop.check()  # a signal meets the compiler, too
         if is_out_of_memory(error):
             longest = int(train_set.lengths.min())
             raise OutOfMemoryError(f"the first pass, over one example of {longest:,} tokens, does not fit") from error
         raise ConfigError(f"torch_compile: torch cannot compile here ({first_line(error)}). Leave it out.") from error
-    model.zero_grad(set_to_none=True)
+    decoder.model.zero_grad(set_to_none=True)
 
 
 def _choose_cut(
@@ -235,9 +261,10 @@ def _choose_cut(
     config = setup.config
     asked = config.max_tokens_per_micro_batch if config.packing else 1  # smaller than any example: each goes alone
     if not asked and resumed_from is not None and (before := checkpoint.read_state(resumed_from).asked_tokens) > 1:
-        asked = before if device.type == "cuda" else 0
+        asked = before
     first_step = [train_set[i] for i in schedule.examples_of(0)]
-    most = default_tokens(device.type, first_step, shares_prefix(config, device.type))
+    share, ffn = shares_prefix(config, device.type), ffn_width(setup.base_folder)
+    most = default_tokens(device.type, first_step, share, ffn, setup.dtype)
     if config.base_bits:
         note = f"what a base in {config.base_bits} bits takes is not predicted: a step that does not fit is cut smaller"
         return Choice(asked or most, bool(config.gradient_checkpointing), None, (note,))
@@ -286,7 +313,7 @@ def _header(run: Run, notes: Sequence[str]) -> None:
         say("", f"all {schedule.num_steps:,} steps are done: nothing is left to train; {more}")
     elif run.stop_reason:
         say("", f"early stopping has ended this run at step {run.state.step:,}: nothing is left to train")
-    say("device", f"{device_name(run.device)}, matrix products in {str(run.dtype).removeprefix('torch.')}")
+    say("device", f"{device_name(run.device)}, {run.arithmetic.in_words}")
     if config.device == "auto" and run.device.type == "cpu" and (why := why_cpu()):
         say("", why)
     peak = f", {gib(run.predicted_peak_bytes)} predicted at the peak" if run.predicted_peak_bytes else ""

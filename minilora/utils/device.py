@@ -1,6 +1,8 @@
 """The device of a run: which one, which dtype, and how much of its memory is in use."""
 
 import ctypes
+import functools
+import math
 import os
 import re
 import resource
@@ -26,6 +28,9 @@ OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_S
 PRODUCTS_KEPT = 48
 PRODUCT_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 KERNEL_DRIVER = Path("/proc/driver/nvidia/version")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+USUAL_CACHE_BYTES = {1: 48 * 2**10, 2: 2**20, 3: 32 * 2**20}  # where the system does not say
+MICRO_BATCH_RANGE = (256, 1920)  # tokens: fewer make products slower; a server's large L3 is shared with other programs
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -61,6 +66,46 @@ def free_bytes(device: torch.device) -> int:
     except OSError:
         pass
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@functools.cache
+def cache_bytes(level: int) -> int:
+    """The size of a CPU cache that holds data: level 1 and 2 of one core, level 3 as its cores share it."""
+    for folder in sorted(CACHES.glob("index*")):
+        try:
+            kind, found, size = ((folder / name).read_text().strip() for name in ("type", "level", "size"))
+        except OSError:
+            continue
+        if kind != "Instruction" and found == str(level) and (number := re.fullmatch(r"(\d+)([KM]?)", size)):
+            return int(number[1]) * {"": 1, "K": 2**10, "M": 2**20}[number[2]] or USUAL_CACHE_BYTES[level]
+    return USUAL_CACHE_BYTES[level]
+
+
+def block_rows(num_heads: int) -> int:
+    """The most queries of a block of attention on a CPU: its fp32 scores and their gradients fill a core's L2.
+
+    Both are num_heads x queries x queries numbers where a block sees as many keys.
+    """
+    rows = math.isqrt(cache_bytes(2) // (2 * 4 * num_heads))
+    return max(16, rows // 8 * 8)
+
+
+def wide_rows(vocabulary: int) -> int:
+    """How many rows of logits a CPU converts to fp32 at a time: their 2 + 4 bytes a number fill a quarter of the L3.
+
+    The rest of the cache is left to the weight of the head. A power of 2, so that it divides a chunk.
+    """
+    rows = min(max(1, cache_bytes(3) // (4 * (2 + 4) * vocabulary)), 256)
+    return 1 << (rows.bit_length() - 1)
+
+
+def micro_batch_tokens(ffn: int, dtype: torch.dtype) -> int:
+    """The usual tokens of a micro-batch on a CPU: its gate, its up and their product fill 7/8 of the L3.
+
+    The weights pass through the rest of the cache. ffn: intermediate_size; dtype: of the activations
+    """
+    tokens = cache_bytes(3) * 7 // (8 * 3 * ffn * dtype.itemsize)
+    return min(max(tokens // 64 * 64, MICRO_BATCH_RANGE[0]), MICRO_BATCH_RANGE[1])
 
 
 def is_out_of_memory(error: BaseException) -> bool:

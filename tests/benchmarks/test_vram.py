@@ -16,6 +16,7 @@ from benchmarks import vram
         ["--checkpointing", "maybe"],
         ["--steps", "1"],
         ["--examples", "0"],
+        ["--dtype", "float16"],
         ["--model", "nowhere"],
         ["--train_file", "nowhere.jsonl"],
         ["--flags", "[]"],
@@ -32,13 +33,19 @@ def test_bad_arguments_are_one_line(argv, capsys):
 
 def test_a_setting_that_fails_stops_no_other_and_is_told(tmp_path, monkeypatch, capsys):
     good = {"largest_tokens": 508, "predicted_peak_bytes": 2**30, "peak_bytes": 2**31, "tokens_per_second": 100.0}
-    good |= {"trainable_parameters": 10, "parameters": 1000, "result_bytes": 3_000_000}
+    good |= {
+        "dtype": "float32",
+        "base_dtype": "bfloat16",
+        "trainable_parameters": 10,
+        "parameters": 1000,
+        "result_bytes": 3_000_000,
+    }
     monkeypatch.setattr(vram, "measure", lambda keys: good if keys["method"] == "lora" else {"failed": "no | room"})
     out = tmp_path / "vram.json"
     assert vram.main(["--tokens", "512", "--checkpointing", "on", "--out", str(out)]) == 1
     printed = capsys.readouterr().out
-    assert "| lora | on | 512 | 508 | 1.00 | 2.00 | 2.00 | 100 |" in printed
-    assert "| full | on | 512 | failed: no / room |" in printed
+    assert "| lora | float32 (bfloat16) | on | 512 | 508 | 1.00 | 2.00 | 2.00 | 100 |" in printed
+    assert "| full | auto | on | 512 | failed: no / room |" in printed
     assert "| lora | 10 | 1.00 % | 2.00 | 100 | 3.0 |" in printed
     results = json.loads(out.read_text())["results"]
     assert [result["keys"]["method"] for result in results] == ["lora", "full"]

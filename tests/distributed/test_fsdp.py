@@ -24,6 +24,7 @@ from minilora import loop
 from minilora.config import TARGET_GROUPS
 from minilora.distributed import world as dist_world
 from minilora.errors import ConfigError
+from minilora.objectives import sft
 from minilora.training import checkpoint
 from minilora.training import setup as training_setup
 from minilora.training.memory_estimate import choose_cut
@@ -162,7 +163,7 @@ def test_shards_for_which_memory_runs_out_end_with_code_4(make_config, world):
 
     def work(rank):
         if rank == 1:
-            loop.token_loss = spoilt({3}, torch.OutOfMemoryError("planted"))
+            sft.token_nats = spoilt({3}, torch.OutOfMemoryError("planted"))
         return loop.train(config).steps
 
     ended = world(2, work)
@@ -177,7 +178,7 @@ def test_a_signal_to_one_process_of_shards_stops_all(make_config, world):
 
     def work(rank):
         if rank == 1:
-            loop.token_loss = told_to_stop(config)
+            sft.token_nats = told_to_stop(config)
         return loop.train(config).steps
 
     ended = world(2, work)

@@ -25,6 +25,7 @@ from minilora.batching import split_across_ranks
 from minilora.distributed import world as dist_world
 from minilora.distributed.world import World
 from minilora.errors import CheckpointError, MiniloraError
+from minilora.objectives import sft
 from minilora.training import checkpoint
 from minilora.training.checkpoint import Identity
 from minilora.training.setup import prepare
@@ -219,7 +220,7 @@ def test_a_bad_number_of_one_process_is_everyones(make_config, world, tmp_path, 
 
     def work(rank):
         if rank == bad_rank:
-            loop.token_loss = spoilt({2, 4, 5, 6}, "nan")
+            sft.token_nats = spoilt({2, 4, 5, 6}, "nan")
         return loop.train(config).steps
 
     ended = world(2, work)
@@ -242,7 +243,7 @@ def test_when_memory_runs_out_in_one_process_all_begin_the_step_again(make_confi
 
         def work(rank, config=config, bad=bad):
             if bad and rank == bad[0]:
-                loop.token_loss = short_once(in_training=bad[1])
+                sft.token_nats = short_once(in_training=bad[1])
             return loop.train(config).steps
 
         assert world(2, work) == [(0, 4), (0, 4)]
@@ -254,17 +255,17 @@ def test_when_memory_runs_out_in_one_process_all_begin_the_step_again(make_confi
         assert float((found["calm"][1] - found[name][1]).abs().max()) < 1e-6
 
 
-def short_once(in_training, real=loop.token_loss):
-    """token_loss for which memory runs out in this process at its second call of the kind."""
+def short_once(in_training, real=sft.token_nats):
+    """token_nats for which memory runs out in this process at its second call of the kind."""
     calls = [0]
 
-    def token_loss(*args):
+    def token_nats(*args):
         calls[0] += torch.is_grad_enabled() == in_training
         if torch.is_grad_enabled() == in_training and calls[0] == 2:
             raise torch.OutOfMemoryError("planted")
         return real(*args)
 
-    return token_loss
+    return token_nats
 
 
 def test_when_not_even_one_example_fits_a_process_all_end_with_code_4(make_config, world):
@@ -272,7 +273,7 @@ def test_when_not_even_one_example_fits_a_process_all_end_with_code_4(make_confi
 
     def work(rank):
         if rank == 1:
-            loop.token_loss = spoilt(range(1000), MemoryError())
+            sft.token_nats = spoilt(range(1000), MemoryError())
         return loop.train(config).steps
 
     ended = world(2, work)
@@ -299,7 +300,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(make_config, world, 
 
     def work(rank):
         if rank == signalled:
-            loop.token_loss = told_to_stop(config)
+            sft.token_nats = told_to_stop(config)
         return loop.train(config).steps
 
     ended = world(2, work)
@@ -395,7 +396,7 @@ def test_an_error_of_ours_in_one_process_ends_all(make_config, world):
 
     def work(rank):
         if rank == 1:
-            loop.token_loss = spoilt({3}, ZeroDivisionError("planted"))
+            sft.token_nats = spoilt({3}, ZeroDivisionError("planted"))
         return loop.train(config).steps
 
     ended = world(2, work)
@@ -469,7 +470,7 @@ def test_what_one_process_meets_at_any_moment_soak(make_config, world, tmp_path,
 
         def work(rank, config=config, bad=bad, call=call):
             if rank == bad and what != "rows":
-                loop.token_loss = spoilt({call}, "nan" if what == "nan" else torch.OutOfMemoryError("planted"))
+                sft.token_nats = spoilt({call}, "nan" if what == "nan" else torch.OutOfMemoryError("planted"))
             return dataclasses.asdict(loop.train(config))
 
         (code, one), (other_code, other) = world(2, work)

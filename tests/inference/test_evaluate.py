@@ -15,6 +15,7 @@ from minilora.adapters import format as adapter_format
 from minilora.adapters.merge import merge
 from minilora.data.dataset import IGNORE
 from minilora.data.formats import Row, Turn
+from minilora.decoder import Decoder
 from minilora.errors import AdapterError, DivergedError, OutOfMemoryError
 from minilora.inference import evaluate, generate
 from minilora.inference.evaluate import Request, Scores, exact_match, questions, score, token_scores
@@ -136,15 +137,15 @@ def test_logits_are_there_a_chunk_at_a_time():
 def test_memory_that_runs_out_makes_micro_batches_smaller(rows, tiny_folder, monkeypatch):
     request = asked(eval_file=rows, model=tiny_folder)
     expected = evaluate.evaluate(request).scores["base"]
-    really, sizes = evaluate.hidden_states, []
+    really, sizes = Decoder.__call__, []
 
-    def hidden_states(tiny, batch):
+    def hidden_states(decoder, batch):
         sizes.append(batch.input_ids.shape[1])
         if sizes[-1] > limit:
             raise torch.OutOfMemoryError("out of memory")
-        return really(tiny, batch)
+        return really(decoder, batch)
 
-    monkeypatch.setattr(evaluate, "hidden_states", hidden_states)
+    monkeypatch.setattr(Decoder, "__call__", hidden_states)
     limit = 100
     found = evaluate.evaluate(request).scores["base"]
     assert max(sizes) > limit

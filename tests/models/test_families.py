@@ -14,7 +14,6 @@ from minilora import demo, loop, lora
 from minilora.config import TARGET_GROUPS
 from minilora.data.dataset import IGNORE
 from minilora.data.formats import Turn
-from minilora.decoder import speed_up
 from minilora.errors import ModelError
 from minilora.inference import generate
 from minilora.inference.generate import Sampling, load_chat_model
@@ -31,7 +30,6 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-HAND_WRITTEN = ("Attention", "RMSNorm", "MLP")  # the modules that get a leaner form
 
 # name: (model type, what its config has beside SHAPE)
 FAMILIES = {
@@ -40,7 +38,7 @@ FAMILIES = {
     "qwen3": ("qwen3", {"tie_word_embeddings": True, "head_dim": 24, "rope_theta": 1e6}),
     "llama": ("llama", {"tie_word_embeddings": False}),
     "llama 3": ("llama", {"tie_word_embeddings": True, "head_dim": 8, "attention_bias": True, "rope_theta": 5e5}),
-    "mistral": ("mistral", {"sliding_window": None}),  # none of the known: packing is tried when it is loaded
+    "mistral": ("mistral", {"sliding_window": None}),
 }
 
 
@@ -133,18 +131,6 @@ def test_every_weight_is_trained_in_bf16(name, family, make_config):
     assert summary.last_loss < summary.first_loss
 
 
-def test_the_known_families_have_their_lean_parts(family):
-    """A class that transformers has renamed would be trained right, and slowly, without a word."""
-    for name in ("qwen2", "qwen3", "llama"):
-        kind, keys = FAMILIES[name]
-        loaded = loading.load_model(family(kind, **keys), torch.float32, CPU)
-        lora.inject(loaded, TARGET_GROUPS["attn"], rank=2, alpha=4)
-        speed_up(loaded)
-        for module in loaded.modules():
-            if type(module).__name__.endswith(HAND_WRITTEN):
-                assert "forward" in vars(module), type(module).__name__
-
-
 # name: (model type, its config, what the refusal says)
 REFUSED = {
     "a sliding window": ("mistral", {"sliding_window": 64}, "its sliding_window of 64 tokens is not supported"),
@@ -159,13 +145,13 @@ REFUSED = {
         "layers of type sliding_attention are not supported",
     ),
     "attention dropout": ("qwen2", {"attention_dropout": 0.1}, "attention_dropout is set"),
-    "scaled logits": ("granite", {"logits_scaling": 8.0}, "packed examples give other logits"),
-    "scaled logits, parallel layers": ("cohere", {"logit_scale": 0.0625}, "packed examples give other logits"),
-    "an attention of its own": ("bloom", {"n_layer": 2, "n_head": 4}, "packed examples give other logits"),
+    "another activation": ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
+    "scaled logits": ("granite", {"logits_scaling": 8.0}, "not supported: minilora trains Qwen2, Qwen2.5 and"),
+    "an attention of its own": ("bloom", {"n_layer": 2, "n_head": 4}, "is not supported: minilora trains"),
     "hybrid": (
         "qwen3_next",
         {"layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1},
-        "layers of type linear_attention are not supported",
+        "is not supported: minilora trains",
     ),
 }
 
@@ -175,24 +161,6 @@ def test_what_would_be_trained_as_something_else_is_refused_by_its_reason(name, 
     kind, keys, message = REFUSED[name]
     with pytest.raises(ModelError) as refused:
         loading.load_model(family(kind, **keys), torch.float32, CPU)
-    assert f"model type {kind}: " in str(refused.value)
+    assert f"model type {kind}" in str(refused.value)
     assert message in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
-
-
-def test_a_model_type_that_is_not_known_is_tried_in_bf16_too(family):
-    loaded = loading.load_model(family("mistral", sliding_window=None), torch.bfloat16, CPU)
-    assert next(loaded.parameters()).dtype == torch.bfloat16
-
-
-def test_a_model_that_drops_the_layout_on_its_way_is_refused(family, monkeypatch):
-    def hidden_states(*_):
-        raise AssertionError("packed examples carry their layout")
-
-    monkeypatch.setattr(loading, "hidden_states", hidden_states)
-    with pytest.raises(ModelError) as refused:
-        loading.load_model(family("mistral", sliding_window=None), torch.float32, CPU)
-    printed = (
-        "model type mistral: it does not run on packed examples (packed examples carry their layout). Give another"
-    )
-    assert printed in str(refused.value)

@@ -16,9 +16,9 @@ import minilora
 from minilora import cli
 from minilora.adapters import format as adapter_format
 from minilora.config import TrainConfig
-from minilora.decoder import speed_up
 from minilora.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from minilora.inference.multi_adapter import Adapters
+from minilora.kernels import Policy
 from minilora.loop import train
 from minilora.lora import LoRALinear, inject, lora_layers, project
 from minilora.models import quantize
@@ -105,10 +105,10 @@ def test_layers_side_by_side_go_their_own_ways(bits):
     for layer in layers:
         nn.init.normal_(layer.lora_B)
     x = torch.randn(2, 64)
-    for one, layer in zip(project(x, layers), layers, strict=True):
+    for one, layer in zip(project(x, layers, Policy("cpu")), layers, strict=True):
         assert torch.equal(one, layer(x))
     mixed = [layers[0], LoRALinear(nn.Linear(64, 32), 4, 8)]
-    assert torch.equal(project(x, mixed)[1], mixed[1](x))
+    assert torch.equal(project(x, mixed, Policy("cpu"))[1], mixed[1](x))
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -194,8 +194,8 @@ def test_in_a_loop_of_ones_own(load_held, load_tiny, tmp_path, bits, known):
 def test_gradients_equal_those_of_the_dequantised_model(load_held, load_tiny, bits):
     """The whole model, in training's own form (packed, lean modules), against a dense model of the held weights."""
     from minilora.batching import collate
-    from minilora.decoder import head_weight, hidden_states, packed
-    from minilora.loss import token_loss
+    from minilora.models.families import decoder_of
+    from minilora.objectives.sft import SFT
 
     held, dense = load_held(bits), load_tiny()
     with torch.no_grad():
@@ -206,9 +206,7 @@ def test_gradients_equal_those_of_the_dequantised_model(load_held, load_tiny, bi
     for tiny in (held, dense):
         inject(tiny, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj"], 4, 8)
         randomize_lora(tiny, std=0.1)
-        speed_up(tiny)
-        with packed(tiny.train()):
-            token_loss(hidden_states(tiny, batch), head_weight(tiny), batch.targets).backward()
+        SFT().loss(decoder_of(tiny.train(), torch.float32, "cpu"), batch).backward()
         gradients.append([param.grad for param in tiny.parameters() if param.requires_grad])
     assert len(gradients[0]) == 24
     for ours, theirs in zip(*gradients, strict=True):

@@ -82,7 +82,7 @@ def test_all_is_well(machine, capsys):
     assert printed.endswith("\nAll checks passed.\n")
     assert "FAIL" not in printed
     names = {line[6:23].strip() for line in printed.splitlines()}
-    assert names >= {"python", "torch", "device", "bf16", "output folder", "cache", "hub", "pad token", "weights"}
+    assert names >= {"python", "torch", "device", "arithmetic", "output folder", "cache", "hub", "pad token", "weights"}
     assert sorted(machine.folder.rglob("*")) == before, "it leaves nothing behind"
 
 

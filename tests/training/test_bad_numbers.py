@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from minilora import batching, cli, loop
 from minilora.config import FIELDS, TrainConfig
+from minilora.decoder import Decoder
+from minilora.objectives import sft
 from minilora.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("bare_run")
@@ -63,9 +65,9 @@ class Plant:
         self.kind, self.k, self.value, self.rng = kind, k, value, rng
         self.calls, self.planted = 0, False
         self._hooks = []
-        real = loop.token_loss
+        real = sft.token_nats
 
-        def token_loss(hidden, *args):
+        def token_nats(hidden, *args):
             here, self.calls = self.calls == self.k, self.calls + 1
             nats = real(hidden, *args)
             if here and kind == "loss":
@@ -73,12 +75,11 @@ class Plant:
                 nats = nats * value
             return nats
 
-        patch.setattr(loop, "token_loss", token_loss)
+        patch.setattr(sft, "token_nats", token_nats)
         if kind == "gradient":
             self._hooks.append(rng.choice(list(trained(run).values())).register_hook(self._spoil_gradient))
         if kind == "activation":
-            layer = rng.choice(list(run.model.get_decoder().layers))
-            self._hooks.append(layer.register_forward_hook(self._spoil_activation))
+            self._spoil_activations(patch, rng.choice(list(run.model.get_decoder().layers)))
 
     def _spoil_gradient(self, grad):
         if self.calls != self.k + 1 or self.planted:  # backward of the k-th comes after its loss
@@ -88,13 +89,18 @@ class Plant:
         grad.view(-1)[self.rng.randrange(grad.numel())] = self.value  # one number of one tensor
         return grad
 
-    def _spoil_activation(self, module, args, output):
-        if self.calls != self.k or self.planted:
+    def _spoil_activations(self, patch, chosen):
+        real = Decoder.layer
+
+        def layer(decoder, module, *inputs):
+            output = real(decoder, module, *inputs)
+            if module is chosen and self.calls == self.k and not self.planted:
+                self.planted = True
+                output = output.clone()
+                output.view(-1)[self.rng.randrange(output.numel())] = self.value
             return output
-        self.planted = True
-        spoilt = (output[0] if isinstance(output, tuple) else output).clone()
-        spoilt.view(-1)[self.rng.randrange(spoilt.numel())] = self.value
-        return (spoilt, *output[1:]) if isinstance(output, tuple) else spoilt
+
+        patch.setattr(Decoder, "layer", layer)
 
     def clear(self):
         for hook in self._hooks:
@@ -158,7 +164,7 @@ def test_a_bad_number_changes_nothing_soak(start, monkeypatch, capsys):
 def test_three_in_a_row_end_the_run_with_code_3(make_config, monkeypatch, capsys):
     """What is saved is the state before the three, to the last counter."""
     config = make_config(num_train_epochs=3, lora_dropout=0.1, save_steps=100)
-    real_step, real_loss, states = loop.train_step, loop.token_loss, []
+    real_step, real_loss, states = loop.train_step, sft.token_nats, []
 
     def step(run):
         states.append((dataclasses.replace(run.state), {n: p.detach().clone() for n, p in trained(run).items()}))
@@ -166,7 +172,7 @@ def test_three_in_a_row_end_the_run_with_code_3(make_config, monkeypatch, capsys
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "train_step", step)
-        patch.setattr(loop, "token_loss", lambda *args: real_loss(*args) * (math.nan if len(states) > 5 else 1.0))
+        patch.setattr(sft, "token_nats", lambda *args: real_loss(*args) * (math.nan if len(states) > 5 else 1.0))
         assert cli.main(argv_of(config)) == 3
     captured = capsys.readouterr()
     found, refused = checkpoint.newest_valid(Path(config.output_dir))
@@ -218,12 +224,12 @@ CALM = {"learning_rate": 1e-4, "max_tokens_per_micro_batch": 200, "num_train_epo
 
 def out_of_memory(patch, bad_call: int, error, backward: bool) -> list[int]:
     """In the bad_call-th micro-batch (from 0) of all, forward or backward, memory runs out; returns [calls so far]."""
-    real, calls = loop.token_loss, [0]
+    real, calls = sft.token_nats, [0]
 
     def raise_error(grad):
         raise error
 
-    def token_loss(hidden, *args):
+    def token_nats(hidden, *args):
         calls[0] += 1
         if calls[0] - 1 == bad_call:
             if not backward:
@@ -231,7 +237,7 @@ def out_of_memory(patch, bad_call: int, error, backward: bool) -> list[int]:
             hidden.register_hook(raise_error)
         return real(hidden, *args)
 
-    patch.setattr(loop, "token_loss", token_loss)
+    patch.setattr(sft, "token_nats", token_nats)
     return calls
 
 
@@ -309,7 +315,7 @@ def test_one_example_that_does_not_fit_ends_the_run_with_code_4(make_config, mon
     def step(run):
         steps[0] += 1
         if steps[0] == 3:
-            patch.setattr(loop, "token_loss", no_memory)
+            patch.setattr(sft, "token_nats", no_memory)
         return real_step(run)
 
     def no_memory(*args):

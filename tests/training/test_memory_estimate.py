@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import random_examples
 
-from minilora import demo, loop
+from minilora import attention, demo, loop
 from minilora.batching import collate
 from minilora.config import TrainConfig
 from minilora.data.dataset import Dataset
 from minilora.data.sampler import make_schedule
 from minilora.errors import ConfigError
-from minilora.training import memory_estimate, memory_trace
+from minilora.training import memory_estimate
 from minilora.training.memory_estimate import PHASES, Memory, Setup, choose_cut, largest_batch, step_memory
 from minilora.training.memory_trace import Watch
 from minilora.training.setup import prepare
@@ -95,17 +95,17 @@ def test_a_real_step_holds_what_was_predicted(make_config, method):
 
 def test_what_a_fat_copy_would_cost_is_seen(setup_of_tiny, monkeypatch):
     """A planted bug: an fp32 copy of every layer's input, kept for backward."""
-    from minilora import lora
+    from minilora import decoder
 
     batch = collate(random_examples([60, 60]))
     lean = step_memory(setup_of_tiny, batch, 2)
-    original = lora.LoRALinear.forward
+    original = decoder.linear
 
-    def fat(self, x):
+    def fat(x, *rest):
         x.grad_fn and x.grad_fn.metadata.setdefault("fat", x.detach().float() + 0)
-        return original(self, x)
+        return original(x, *rest)
 
-    monkeypatch.setattr(lora.LoRALinear, "forward", fat)
+    monkeypatch.setattr(decoder, "linear", fat)
     assert step_memory(setup_of_tiny, batch, 2).saved > lean.saved + 118 * 64 * 4
 
 
@@ -129,7 +129,7 @@ def test_a_step_that_fails_leaves_autograd_as_it_was(tiny_folder, monkeypatch):
     def broken(*_, **__):
         raise TypeError("no such argument")
 
-    monkeypatch.setattr(memory_trace, "varlen", broken)
+    monkeypatch.setattr(attention, "_varlen", broken)
     with pytest.raises(TypeError) as kept:  # the frames live as long as the error does
         step_memory(make_setup(tiny_folder, "cuda", checkpointing=True), collate(random_examples([20])), 2)
     x = torch.ones(2, requires_grad=True)

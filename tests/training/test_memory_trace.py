@@ -6,10 +6,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from minilora import attention, decoder, lora, loss
-from minilora.attention import Layout
-from minilora.training import memory_trace
-from minilora.training.memory_trace import Watch, as_on, patched, to_fake
+from minilora.attention import Layout, Placement, packed_attention
+from minilora.training.memory_trace import Watch, policy_as_on, to_fake
 
 
 def test_bytes_alive_and_at_the_peak():
@@ -62,29 +60,23 @@ def test_flops_of_products_are_torchs_own_and_attention_counts_what_is_not_maske
 
 def test_packed_attention_as_on_cuda_counts_the_causal_half():
     heads, tokens, dim = 4, 64, 16
-    with FakeTensorMode(), as_on("cuda"):
-        q = torch.empty(1, heads, tokens, dim, dtype=torch.bfloat16, requires_grad=True)
-        k, v = (torch.empty(1, 2, tokens, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with FakeTensorMode():
+        q = torch.empty(tokens, heads, dim, dtype=torch.bfloat16, requires_grad=True)
+        k, v = (torch.empty(tokens, 2, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
         with Watch([q, k, v]) as seen:
-            out, _ = decoder.packed_attention(None, q, k, v, None, layout=Layout((32, 32)))
-            assert out.shape == (1, tokens, heads, dim)
+            out = packed_attention(q, k, v, Placement(Layout((32, 32)), q.device), dim**-0.5, "cuda")
+            assert out.shape == (tokens, heads, dim)
             out.sum().backward()
     assert q.grad.shape == q.shape
     assert seen.flops == 7 * 2 * heads * tokens * (32 // 2) * dim
 
 
-def test_the_ways_of_cuda_leave_nothing_behind():
-    names = {(decoder, "packed_attention"), (lora, "draw_dropped"), (loss, "WIDE_ROWS")}
-    names.add((attention, "_varlen_layout"))
-    before = {key: getattr(*key) for key in names}
-    with as_on("cuda"):
-        assert all(getattr(*key) is not value for key, value in before.items())
-    assert all(getattr(*key) is value for key, value in before.items())
-
-
-def test_a_name_that_is_gone_is_no_silent_patch():
-    with pytest.raises(AttributeError), patched(memory_trace, no_such_name=1):
-        pass
+@pytest.mark.parametrize(("device_type", "dtype"), [("cpu", torch.int64), ("cuda", torch.bool)])
+def test_dropout_on_fake_tensors_has_the_form_of_the_device(device_type, dtype):
+    with FakeTensorMode():
+        dropped = policy_as_on(device_type).draw(torch.empty(40, 50), 0.05)
+    assert dropped.dtype == dtype
+    assert dropped.numel() == (2000 if device_type == "cuda" else 100)
 
 
 def test_to_fake_keeps_what_is_tied(load_tiny):
