@@ -79,7 +79,7 @@ def sizes_of(config: TrainConfig, folder: Path) -> Sizes:
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     model = empty_model(folder, torch.float32, 1)
     base = sum(param.numel() for param in model.get_decoder().layers[0].parameters())
-    make_trainable(model, config, checkpointing=False)
+    make_trainable(model, config)
     in_layer = sum(param.numel() for param in model.get_decoder().layers[0].parameters() if param.requires_grad)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     norm = model.get_decoder().norm.weight.numel()
