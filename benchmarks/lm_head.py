@@ -44,7 +44,7 @@ def supervised(loss: Loss) -> Loss:
 
 def chunked(rows: int) -> Loss:
     """minilora's loss, with `rows` rows at a time."""
-    return lambda hidden, weight, labels: token_nats(hidden, weight, labels, rows)
+    return lambda hidden, weight, labels: token_nats(hidden, weight, labels, chunk_rows=rows).sum()
 
 
 def contenders(chunk_rows: list[int]) -> dict[str, Loss]:
