@@ -1,7 +1,7 @@
 """The decoder of Qwen and its relatives, written out: token ids -> hidden states of the supervised rows.
 
-The modules of transformers only hold the weights: no forward of theirs is called, and none is replaced. What differs
-between models is a row of `models/families.py`.
+The modules of transformers only hold the weights. No forward of theirs is replaced, and none is called except those of
+the embedding and of the table of rotary angles. What differs between models is a row of `models/families.py`.
 Shapes: T = tokens of a micro-batch, heads = query heads, kv_heads = key and value heads, S = supervised rows.
 """
 
