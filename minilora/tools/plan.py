@@ -101,9 +101,6 @@ def plan(config: TrainConfig, card: str | None) -> None:
     dataset, schedule = sets.train, schedule_of(config, sets)
     first_step = [dataset[i] for i in schedule.examples_of(0)]
     share, ffn = shares_prefix(config, place.device_type), ffn_width(base_folder)
-    most = default_tokens(place.device_type, first_step, share, ffn, place.dtype)
-    asked = config.max_tokens_per_micro_batch if config.packing else 1
-    asked = asked or (most if place.device_type == "cpu" else 0)
 
     def setup_in(arithmetic: Arithmetic) -> Setup:
         base_dtype = None if config.method == "full" else arithmetic.base_dtype  # the table has LoRA, too
@@ -111,6 +108,9 @@ def plan(config: TrainConfig, card: str | None) -> None:
         return Setup(config, base_folder, arithmetic.dtype, place.device_type, checkpointing, base_dtype=base_dtype)
 
     def cut_for(setup: Setup) -> Choice:
+        most = default_tokens(place.device_type, first_step, share, ffn, setup.dtype)
+        asked = config.max_tokens_per_micro_batch if config.packing else 1
+        asked = asked or (most if place.device_type == "cpu" else 0)
         return fitting_cut(setup, dataset, schedule, asked, most, place.usable - place.in_use)
 
     def float32_fits() -> bool:
