@@ -210,7 +210,7 @@ def test_gradients_equal_those_of_the_dequantised_model(load_held, load_tiny, bi
         gradients.append([param.grad for param in tiny.parameters() if param.requires_grad])
     assert len(gradients[0]) == 24
     for ours, theirs in zip(*gradients, strict=True):
-        assert relative_error(ours, theirs) < {4: 1e-4, 8: 0.2}[bits]
+        assert relative_error(ours, theirs) < {4: 1e-5, 8: 0.2}[bits]
 
 
 # ---------------------------------------------------------------------------------------- a run
