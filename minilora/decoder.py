@@ -69,7 +69,8 @@ class Decoder:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Final hidden states at the supervised positions of a packed batch. (S, hidden)"""
-        return call_gathered(self.model.get_decoder(), self._hidden_states, batch)
+        hidden = call_gathered(self.model.get_decoder(), self._hidden_states, batch)  # (S', hidden)
+        return hidden[: len(batch.rows)]  # outside: FSDP2 warns of a view that a sharded module returns
 
     @property
     def head_weight(self) -> Tensor:
@@ -88,7 +89,7 @@ class Decoder:
         for layer in body.layers:
             kept = rows if layer is body.layers[-1] else None  # nothing reads the other rows of the last layer
             hidden = self.run_layer(call_gathered, layer, self.layer, layer, hidden, cos, sin, place, kept)
-        return self.norm(body.norm, hidden)[: len(batch.rows)]  # (S, hidden)
+        return self.norm(body.norm, hidden)  # (S', hidden)
 
     def layer(
         self, layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, place: Placement, kept: Tensor | None

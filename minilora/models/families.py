@@ -19,6 +19,12 @@ FAMILIES: Mapping[str, Family] = {
 NAMES = "Qwen2, Qwen2.5 and Qwen3, and Llama and Mistral of the same shape"
 
 
+def refuse_unknown_type(kind: str, model_type: Any) -> None:
+    """Raise UnsupportedModelError for a model_type that is in no row of FAMILIES. kind: how the message names it"""
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(f"{kind} is not supported: minilora trains {NAMES}. Give another --model.")
+
+
 def family_of(config: Any) -> Family:
     """The family of a model by its config. Raises UnsupportedModelError if minilora cannot train it exactly."""
     kind = f"{config.name_or_path}: " * bool(config.name_or_path) + f"model type {config.model_type}"
@@ -27,8 +33,7 @@ def family_of(config: Any) -> Family:
             f"{config.name_or_path}: its weights are quantised. Give the original model as --model, with "
             "--load_in_4bit."
         )
-    if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(f"{kind} is not supported: minilora trains {NAMES}. Give another --model.")
+    refuse_unknown_type(kind, config.model_type)
     if others := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         raise UnsupportedModelError(
             f"{kind}: layers of type {', '.join(sorted(others))} are not supported: minilora trains only attention to "
@@ -40,9 +45,11 @@ def family_of(config: Any) -> Family:
             "all earlier tokens. Give another --model."
         )
     if getattr(config, "attention_dropout", 0.0):
-        raise UnsupportedModelError(f"{kind}: attention_dropout is set; it is not supported.")
+        raise UnsupportedModelError(f"{kind}: attention_dropout is set; it is not supported. Give another --model.")
     if (activation := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):
-        raise UnsupportedModelError(f"{kind}: hidden_act = {activation!r} is not supported: only silu is.")
+        raise UnsupportedModelError(
+            f"{kind}: hidden_act = {activation!r} is not supported: only silu is. Give another --model."
+        )
     return FAMILIES[config.model_type]
 
 

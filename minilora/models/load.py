@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from minilora.errors import ConfigError, ModelError, UnsupportedModelError, first_line
-from minilora.models.families import NAMES, family_of
+from minilora.models.families import NAMES, family_of, refuse_unknown_type
 from minilora.models.fingerprint import completed, fingerprint, fingerprint_of
 from minilora.models.quantize import quantise
 from minilora.utils import files
@@ -257,7 +257,9 @@ def _config(folder: Path) -> Any:
     """The config of a model folder. Raises ModelError if minilora cannot train the model exactly."""
     if problem := compile_cache_problem():
         raise ConfigError(problem)
-    read_config_json(folder)
+    model_type = read_config_json(folder).get("model_type")
+    if isinstance(model_type, str):  # before transformers, which has other words for a type that it does not know
+        refuse_unknown_type(f"{folder}: model type {model_type}", model_type)
     from transformers import AutoConfig
 
     try:

@@ -164,3 +164,12 @@ def test_what_would_be_trained_as_something_else_is_refused_by_its_reason(name, 
     assert f"model type {kind}" in str(refused.value)
     assert message in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_type_that_transformers_does_not_know_is_refused_by_name(family, tmp_path):
+    """transformers once spoke first: it advised a newer version of itself."""
+    folder = shutil.copytree(family("qwen2"), tmp_path / "odd")
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"model_type": "nonsense"}))
+    with pytest.raises(ModelError, match="model type nonsense is not supported: minilora trains Qwen2"):
+        loading.load_model(folder, torch.float32, CPU)
