@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minilora.kernels import first_derivative_only
+from minilora.matmul import as_autocast
 from minilora.utils.device import wide_rows
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 768}  # positions whose logits exist at a time: 78 MB, 233 MB in bf16 for Qwen
@@ -35,8 +36,7 @@ def token_nats(
     row of hidden alone. So the forward pass computes the row's gradient for a factor of 1 while its logits are in
     memory, and the backward pass only multiplies it by the factor (arXiv:2410.10989, section 3.2).
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    hidden = as_autocast(hidden)
     device_type = device_type or hidden.device.type
     chunk_rows = chunk_rows or CHUNK_ROWS[device_type]
     few = wide_rows(len(weight)) if device_type == "cpu" else CUDA_WIDE_ROWS
