@@ -66,8 +66,9 @@ class StoppedError(MiniloraError, InterruptedError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error of another library, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error of another library, with the next one if it ends in a colon; or its name."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 def printable(text: str, longest: int = 600) -> str:

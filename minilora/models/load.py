@@ -38,11 +38,19 @@ def find_model(name: str) -> Path:
             raise ModelError(f"{name} is no model folder: {hint or 'it has no config.json.'}")
         read_config_json(folder)
         return folder
-    if os.path.exists(folder) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ModelError(f"model {name!r}: there is no such folder, and it is no hub name (OWNER/NAME).")
+    check_hub_name(name)
     folder = cached_model(name) or _download(name)
     read_config_json(folder)
     return folder
+
+
+def check_hub_name(name: str) -> None:
+    """Raise ModelError for a model that is no folder and has no name that the hub could know."""
+    if not os.path.exists(os.path.expanduser(name)) and re.fullmatch(
+        r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", name, re.A
+    ):
+        return
+    raise ModelError(f"model {name!r}: there is no such folder, and it is no hub name (OWNER/NAME).")
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -143,6 +151,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
+        if (folder / "config.json").exists():
+            _config(folder)  # the tokenizer's class reads it too: raises if the mistake is there
         raise ModelError(f"{folder}: the tokenizer cannot be loaded: {first_line(error)}") from error
     if embeds(folder, tokenizer, "<|im_end|>"):
         tokenizer.eos_token = "<|im_end|>"
@@ -175,8 +185,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    shows_progress = logging.is_progress_bar_enabled()
+    shows_progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # weights that do not match are refused below, without a table
     config_json, config = read_config_json(folder), _config(folder)
     keep_few_products()
     try:
@@ -189,18 +200,24 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device, bits: int
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the information, which is checked below
         )
     except ModelError:
         raise
     except Exception as error:
         raise ModelError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
     finally:
+        logging.set_verbosity(verbosity)
         if shows_progress:
             logging.enable_progress_bar()
     model, info = loaded
-    if odd := [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]:
-        which = f"{len(odd)} of them, the first {odd[0]}"
-        raise ModelError(f"{folder}: its weights do not match its config.json: {which}.")
+    odd = [f"{key} is missing" for key in info["missing_keys"]]
+    odd += [f"{key} is not in the model" for key in info["unexpected_keys"]]
+    odd += [f"{key} is {tuple(held)}, not {tuple(asked)}" for key, held, asked in info["mismatched_keys"]]
+    if odd:
+        raise ModelError(
+            f"{folder}: its weights do not match its config.json: {len(odd)} tensors; the first: {odd[0]}."
+        )
     model.generation_config.pad_token_id = model.generation_config.pad_token_id or config.pad_token_id
     model.config_json = completed(config_json, config.to_dict())  # for the fingerprint
     model.requires_grad_(False)

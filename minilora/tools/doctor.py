@@ -23,8 +23,8 @@ from minilora.errors import ConfigError, MiniloraError, ModelError, UnsupportedM
 OUTPUT_BYTES, DOWNLOAD_BYTES = 2**30, 2 * 2**30  # free bytes for a run, and for the download of a small model
 END = "<|im_end|>"
 MAX_HEADER_BYTES = 2**26  # of a file of weights
-DOWNLOAD = "download the model again: hf download OWNER/NAME --local-dir FOLDER (Qwen2, Qwen2.5 or Qwen3)"
-OTHER_MODEL = "give another --model: Qwen2, Qwen2.5 and Qwen3 are supported, for example Qwen/Qwen3-0.6B"
+DOWNLOAD = "download the model again: hf download OWNER/NAME --local-dir FOLDER"
+OTHER_MODEL = "give another --model, for example Qwen/Qwen3-0.6B"
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,10 @@ class Asked:
 
 def doctor(asked: Asked) -> int:
     """Run all checks and print the findings. Returns 0 if no check failed, else 1."""
-    name = asked.model or ""
-    if name and not asked.is_folder and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise ModelError(f"model {name!r}: there is no such folder, and it is no hub name (OWNER/NAME).")
+    if asked.model and not asked.is_folder:
+        from minilora.models.load import check_hub_name
+
+        check_hub_name(asked.model)
     findings = []
     for finding in examine(asked):
         findings.append(finding)

@@ -1,6 +1,7 @@
 """What is loaded is a model of one kind with a pad token; others are refused by name before their weights are read."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -103,6 +104,41 @@ def test_a_tokenizer_without_any_pad_token_is_refused(tiny_folder, tmp_path):
     spell(folder, "<|im_end|>", "<|nothing|>")
     with pytest.raises(loading.ModelError, match=r"no pad token apart from its end token .*tokenizer_config.json"):
         loading.load_tokenizer(folder)
+
+
+# ---------------------------------------------------------------------------------------- a broken config.json
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("hidden_act", None, "'hidden_act' expected str, got NoneType"),
+        ("intermediate_size", 512, r"not match its config.json: \d+ tensors; the first: model\.layers\.\d+\.mlp\.\w+"),
+    ],
+)
+def test_a_config_that_is_not_of_these_weights_gets_one_line(tiny_folder, tmp_path, capfd, key, value, said):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "input": "", "output": "b"}\n')
+    argv = ["train", "--model", str(folder), "--train_file", str(rows), "--output_dir", str(tmp_path / "run")]
+    assert cli.main(argv) == 2
+    printed = capfd.readouterr().err
+    assert re.search(said, printed)
+    assert "tokenizer" not in printed
+    assert "REPORT" not in printed  # transformers' table of weights
+
+
+@pytest.mark.parametrize("verb", ["train", "doctor"])
+@pytest.mark.parametrize("name", ["@demo/model", "./nothing", "a/b/c"])
+def test_what_is_no_folder_and_no_hub_name_is_refused_once(tmp_path, capsys, verb, name):
+    own = ["--train_file", "rows.jsonl", "--output_dir", str(tmp_path)] if verb == "train" else []
+    if own:
+        (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "input": "", "output": "b"}\n')
+        own[1] = str(tmp_path / "rows.jsonl")
+    assert cli.main([verb, "--model", name, *own]) == 2
+    assert "no such folder, and it is no hub name (OWNER/NAME)" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------- the machine

@@ -278,7 +278,7 @@ FAULTS = [
     (only_pickles, "FAIL", "weights", "model.safetensors: missing", "only .bin files are there"),
     (broken_header, "FAIL", "weights", "not readable", "hf download"),
     (other_attention, "FAIL", "weights", "attention_dropout is set", ""),
-    (composite_model, "FAIL", "weights", "model type qwen3_5 is not supported", "give another --model: Qwen2"),
+    (composite_model, "FAIL", "weights", "model type qwen3_5 is not supported", "give another --model, for example"),
     (no_pad_that_it_has, "note", "pad token", "minilora pads with <|vision_pad|>", '"pad_token": "<|vision_pad|>"'),
     (unwritable_compile_cache, "FAIL", "compile cache", "TORCHINDUCTOR_CACHE_DIR", "unset TORCHINDUCTOR_CACHE_DIR"),
     (adapter_folder, "FAIL", "model", "is no model folder", "it holds an adapter"),
